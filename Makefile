@@ -1,0 +1,73 @@
+# `make demo` and `make test` set up what they need in .venv, once; everything else builds on that.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow check format bench docs records constraints clean
+.DEFAULT_GOAL := help
+.PHONY: help
+
+help:
+	@echo "make demo        set up, reproduce double descent on real data, draw the figure (results/)"
+	@echo "make test        set up and run the tests"
+	@echo "make test-slow   the experiments of more than a few seconds"
+	@echo "make check       lint, formatting, types, catalogue consistency, docs in strict mode"
+	@echo "make bench       the benchmarks, side by side with the alternatives"
+	@echo "make docs        the documentation site, in site/"
+	@echo "make records     run all reproductions again and keep their records in the package"
+	@echo "make format      let ruff format and fix"
+
+# What running the library takes, and what developing it takes, in one environment.  pip does nothing where
+# nothing has changed, so a stamp is only there to save its start-up time.
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "mlreviews needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[plots,data]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/run.stamp
+	$(BIN)/mlreviews reproduce double-descent
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_consistency.py
+	$(BIN)/python -m mlreviews.catalogue.readme --check
+	$(BIN)/mkdocs build --strict --quiet
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/mlreviews bench --all
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
+records: $(VENV)/dev.stamp
+	$(BIN)/mlreviews reproduce --all --out src/mlreviews/reproductions/records
+	rm -f src/mlreviews/reproductions/records/*.svg src/mlreviews/reproductions/records/*.png
+
+constraints: $(VENV)/dev.stamp
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.new
+	{ echo "# The versions that the Makefile and CI install; regenerate with \`make constraints\`."; \
+	  cat constraints.new; } > constraints.txt
+	@rm constraints.new
+
+clean:
+	rm -rf $(VENV) site results .mypy_cache .ruff_cache .pytest_cache .hypothesis
