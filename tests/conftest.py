@@ -11,8 +11,8 @@ import hypothesis
 import jaxtyping
 import pytest
 
-# An int is a float here as it is to a type checker (``dropout=0``). Annotations that can't be resolved at run time (names
-# imported under TYPE_CHECKING) are not checked.
+# An int is a float here as it is to a type checker (``dropout=0``). Annotations that can't be resolved at run time
+# (names imported under TYPE_CHECKING) are not checked.
 jaxtyping.install_import_hook(
     ["mlreviews", "mlreviews_kernels"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
