@@ -11,6 +11,7 @@ from mlreviews.generalization import (
     interpolation_threshold,
     memorize_construct,
 )
+from tests.contracts.families import Sample
 
 
 def _rng(seed: int = 0) -> torch.Generator:
@@ -19,6 +20,14 @@ def _rng(seed: int = 0) -> torch.Generator:
 
 def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, dtype=dtype, generator=_rng(seed))
+
+
+CONTRACT = {
+    "MemorizingNet": lambda: Sample(
+        MemorizingNet(_random(3), _random(7, seed=1), _random(7, seed=2)), (_random(5, 3),)
+    ),
+    "memorize_construct": lambda: Sample(memorize_construct, (_random(7, 3), _random(7, seed=1))),
+}
 
 
 class TestEffectiveDof:

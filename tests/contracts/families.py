@@ -1,0 +1,87 @@
+"""Finds the members of each family in the catalogue, and their samples in the tests."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from torch import nn, optim
+
+from mlreviews.catalogue import Technique, techniques
+
+__all__ = ["FAMILIES", "Member", "Sample", "each_member", "members"]
+
+
+def _is_module(thing: object) -> bool:
+    return inspect.isclass(thing) and issubclass(thing, nn.Module)
+
+
+def _is_optimiser(thing: object) -> bool:
+    return inspect.isclass(thing) and issubclass(thing, optim.Optimizer)
+
+
+def _draws(thing: object) -> bool:
+    return inspect.isfunction(thing) and "generator" in inspect.signature(thing).parameters
+
+
+# family -> what makes a public name a member.  The batteries of the families that DESIGN.md lists arrive with their
+# first member: a predicate here, and test_<family>.py beside it.
+FAMILIES: dict[str, Callable[[object], bool]] = {
+    "module": _is_module,
+    "optimiser": _is_optimiser,
+    "random": _draws,
+}
+
+
+@dataclass
+class Sample:
+    """How to use a member once.
+
+    Attributes:
+        target: an instance (of a class), or the function itself.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+    """
+
+    target: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, **more: Any) -> Any:
+        return self.target(*self.args, **self.kwargs, **more)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A public name of a technique that belongs to a family."""
+
+    technique: Technique
+    name: str
+
+    def sample(self) -> Sample:
+        """A fresh sample from the technique's test file."""
+        tests = f"tests.{self.technique.area}.test_{self.technique.module_name}"
+        contract = getattr(importlib.import_module(tests), "CONTRACT", {})
+        if self.name not in contract:
+            pytest.fail(f'{tests} has no sample of {self.name}: add CONTRACT = {{"{self.name}": lambda: Sample(...)}}')
+        return contract[self.name]()
+
+
+def members(family: str) -> list[Member]:
+    """All members of a family, over all implemented techniques."""
+    belongs = FAMILIES[family]
+    found = []
+    for technique in techniques().values():
+        if technique.implemented:
+            module = importlib.import_module(technique.module)
+            found += [Member(technique, name) for name in module.__all__ if belongs(getattr(module, name))]
+    return found
+
+
+def each_member(family: str) -> pytest.MarkDecorator:
+    """Parametrises a test over the family's members."""
+    return pytest.mark.parametrize("member", members(family), ids=lambda m: f"{m.technique.slug}:{m.name}")
