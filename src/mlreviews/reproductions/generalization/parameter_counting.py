@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mlreviews.common.least_squares import nested_solutions
 from mlreviews.datasets import digits
 from mlreviews.generalization.parameter_counting import effective_dof, interpolation_threshold, memorize_construct
 from mlreviews.reproductions.figures import panels
@@ -26,22 +27,23 @@ REVIEW = "review of 2023-05-16"
 def run(settings: Settings) -> Outcome:
     """Measures the interpolation threshold of random features, and what networks do with random labels."""
     n, seeds = (800, 10) if settings.full else (200, 5)
-    widths = sorted({*range(n // 10, 2 * n + 1, n // 10), n - 1, n + 1})
+    widths = sorted({*range(n // 10, 2 * n + 1, n // 10), *range(n - 3, n + 4)})
     thresholds: dict[str, list[float]] = {"true": [], "random": []}
-    curves: dict[str, Tensor] = {}
+    curves: dict[str, list[Tensor]] = {"true": [], "random": []}
     spline_error, train_accuracy, test_accuracy, dof_ratio = [], [], [], []
     for seed in settings.track(range(seeds), "seeds"):
         generator = settings.generator(seed)
         x, labels, x_test, labels_test = _digits(n, generator)
         shuffled = torch.randint(10, (n,), generator=generator)
         features = torch.relu(x @ torch.randn(x.shape[1], max(widths), dtype=x.dtype, generator=generator))
-        for name, classes in {"true": labels, "random": shuffled}.items():
-            errors = {width: _train_error(features[:, :width], classes) for width in widths}
-            curves[name] = curves.get(name, 0) + torch.tensor(list(errors.values())) / seeds
-            found = interpolation_threshold(errors.__getitem__, widths)
+        errors = _train_errors(features, [labels, shuffled], widths)
+        for name, error in zip(thresholds, errors, strict=True):
+            curves[name].append(torch.tensor(list(error.values())))
+            found = interpolation_threshold(error.__getitem__, widths)
             thresholds[name].append((found or 2 * max(widths)) / n)
-        net = memorize_construct(x, shuffled.double(), generator=generator)
-        spline_error.append(float((net(x) - shuffled).abs().max()))
+        with torch.no_grad():
+            net = memorize_construct(x, shuffled.double(), generator=generator)
+            spline_error.append(float((net(x) - shuffled).abs().max()))
         fit, guess = _train_network(x, shuffled, x_test, labels_test, generator)
         train_accuracy.append(fit)
         test_accuracy.append(guess)
@@ -88,22 +90,30 @@ def run(settings: Settings) -> Outcome:
         ),
     ]
     series = {"width / n": [width / n for width in widths]}
-    series |= {f"train error, {name} labels": curve.tolist() for name, curve in curves.items()}
+    series |= {f"train error, {name} labels": torch.stack(runs).mean(0).tolist() for name, runs in curves.items()}
     return Outcome(claims, series)
 
 
 def _digits(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n digits to train on and the rest to test on, as (inputs, labels) each; pixels centred by the training mean."""
     data = digits()
-    order = torch.randperm(len(data.targets), generator=generator)
-    x = data.features / 16
-    return x[order[:n]], data.targets[order[:n]], x[order[n:]], data.targets[order[n:]]
+    order = torch.randperm(len(data), generator=generator)
+    # Without centring, all pixels being positive, many random units are on (or off) for every digit: linear, not new.
+    x = data.features[order] / 16
+    x = x - x[:n].mean(0)
+    labels = data.targets[order]
+    return x[:n], labels[:n], x[n:], labels[n:]
 
 
-def _train_error(features: Tensor, classes: Tensor) -> float:
-    """Mean squared error of least squares on one-hot targets."""
-    targets = nn.functional.one_hot(classes, 10).double()
-    weights = torch.linalg.lstsq(features, targets, driver="gelsd").solution
-    return float((features @ weights - targets).square().mean())
+def _train_errors(features: Tensor, labelings: list[Tensor], widths: list[int]) -> list[dict[int, float]]:
+    """For each labelling: width -> mean squared training error of least squares on its one-hot targets."""
+    targets = torch.cat([nn.functional.one_hot(labels, 10).double() for labels in labelings], dim=1)
+    errors: list[dict[int, float]] = [{} for _ in labelings]
+    for point in nested_solutions(features, targets, widths):
+        squares = (point.predictions - targets).square().mean(0)
+        for error, square in zip(errors, squares.split(10), strict=True):
+            error[point.width] = float(square.mean())
+    return errors
 
 
 def _train_network(
