@@ -180,7 +180,7 @@ def _triton_import_problem() -> str | None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that ``CXX`` names, else the first of c++, g++ and clang++ on the path; None if there is none."""
+    """The C++ compiler that ``CXX`` names, else the first of c++, g++ and clang++ on the path; None if none is."""
     return _compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
 

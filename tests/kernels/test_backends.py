@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -87,6 +88,12 @@ def test_a_core_without_reference_is_refused(tmp_path: Path) -> None:
 def test_a_core_with_a_foreign_file_is_refused() -> None:
     with pytest.raises(ValueError, match=r"core ssd: 'tpu\.py' is no backend's file"):
         Core("ssd", frozenset({"reference.py", "tpu.py"}))
+
+
+def test_descriptions_can_not_be_changed() -> None:
+    for description, name in ((FULL, "name"), (select(BARE, CPU), "backend")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(description, name, "other")
 
 
 def test_cores_are_the_subpackages(tmp_path: Path) -> None:
@@ -261,5 +268,5 @@ def test_the_compiler_named_by_cxx_goes_first(monkeypatch: pytest.MonkeyPatch, t
     assert compiler() == "g++"
     monkeypatch.setenv("CXX", "ccache g++ -m64")
     assert compiler() == "ccache"
-    monkeypatch.setenv("CXX", "icpx")  # named, so not replaced by another one
+    monkeypatch.setenv("CXX", "icpx g++")  # named, so not replaced by another one
     assert compiler() is None

@@ -90,6 +90,11 @@ class Technique:
         return PACKAGE / "reproductions" / self.area / f"{self.module_name}.py"
 
     @property
+    def record_file(self) -> Path:
+        """Where the record of its reproduction that is shipped is, or would be."""
+        return PACKAGE / "reproductions" / "records" / f"{self.slug}.json"
+
+    @property
     def test_file(self) -> Path | None:
         """Where its tests are, or would be; None when this is not a source checkout."""
         return CHECKOUT and CHECKOUT / "tests" / self.area / f"test_{self.module_name}.py"

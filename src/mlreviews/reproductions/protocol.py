@@ -29,7 +29,8 @@ __all__ = ["Claim", "Outcome", "Record", "RecordError", "Settings", "Verdict", "
 T = TypeVar("T")
 Tracker = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
-# 97.5 % points of Student's t with 1 to 30 degrees of freedom; beyond that the normal's 1.96 is within 4 %.
+# 97.5 % points of Student's t with 1 to 30 degrees of freedom; the last serves for more, where it is too wide by 4 %
+# at most.
 _T975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -112,10 +113,14 @@ class Claim:
     seeds: int = 1
 
     def __post_init__(self) -> None:
-        if self.at_least is None and self.at_most is None:
+        bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
+        if not bounds:
             raise ValueError(f"claim {self.statement!r}: needs at_least, at_most or both")
-        if not math.isfinite(self.measured):
-            raise ValueError(f"claim {self.statement!r}: measured {self.measured}, expected a finite number")
+        if not all(map(math.isfinite, bounds)) or bounds != sorted(bounds):
+            raise ValueError(f"claim {self.statement!r}: no value is within the bounds {bounds}")
+        for value in (self.measured, *(self.interval or ())):
+            if not math.isfinite(value):
+                raise ValueError(f"claim {self.statement!r}: measured {value}, expected a finite number")
 
     @property
     def criterion(self) -> str:
@@ -161,7 +166,8 @@ def measure(
         unit: of the values.
 
     Raises:
-        ValueError: no bound, a value that is not finite, or one or two seeds (too few for an interval).
+        ValueError: no bound, bounds that cross, a number that is not finite, or one or two seeds, which are too few for
+            an interval.
     """
     if isinstance(values, int | float):
         return Claim(statement, source, float(values), unit, at_least, at_most)
@@ -169,8 +175,7 @@ def measure(
     if len(runs) < 3:
         raise ValueError(f"claim {statement!r}: an interval needs at least 3 seeds, got {len(runs)}")
     mean = statistics.fmean(runs)
-    quantile = _T975[len(runs) - 2] if len(runs) <= 31 else 1.96
-    half = quantile * statistics.stdev(runs) / math.sqrt(len(runs))
+    half = _T975[min(len(runs) - 1, len(_T975)) - 1] * statistics.stdev(runs) / math.sqrt(len(runs))
     return Claim(statement, source, mean, unit, at_least, at_most, (mean - half, mean + half), len(runs))
 
 
