@@ -1,0 +1,1 @@
+"""What several areas share: checks of arguments, and least squares."""
