@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
@@ -293,7 +293,7 @@ def _cores() -> int:
 
 def reproduce_many(
     techniques: Sequence[Technique], settings: Settings, out: Path, jobs: int = 1
-) -> Iterator[tuple[Technique, Record | ReproductionError]]:
+) -> Generator[tuple[Technique, Record | ReproductionError]]:
     """Runs several reproductions, each whatever becomes of the others.
 
     Args:

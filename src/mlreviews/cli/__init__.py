@@ -1,0 +1,80 @@
+"""The command line: ``mlreviews list | show | reproduce | bench | doctor``.
+
+Each command is a module of this package. What is slow to import (torch, matplotlib) is imported by the commands that
+need it, when they run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+import mlreviews
+from mlreviews.catalogue import CatalogueError, UnknownTechniqueError
+from mlreviews.catalogue.card import CardError
+from mlreviews.cli import bench, doctor, listing, reproduce
+from mlreviews.cli.output import CommandError, error
+
+__all__ = ["app", "main"]
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns the errors that are expected into one line and an exit code; ``--debug`` adds the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (CatalogueError, CardError, UnknownTechniqueError, CommandError) as problem:
+            error(str(problem), problem if ctx.params["debug"] else None)
+            usage = isinstance(problem, UnknownTechniqueError) or getattr(problem, "usage", False)
+            raise typer.Exit(2 if usage else 1) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command("list")(listing.list_techniques)
+app.command("show")(listing.show)
+app.command("reproduce")(reproduce.reproduce)
+app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mlreviews {mlreviews.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Every technique of a long series of paper reviews: what it is, and whether its claims hold."""
+    ctx.obj = debug
+
+
+def main() -> None:
+    """Runs the command line and ends the process."""
+    try:
+        app()
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Writes out what is buffered: a reader that has gone away (``| head``) is no error, a full disk is."""
+    try:
+        sys.stdout.flush()
+    except OSError as problem:
+        # What is still buffered would be tried again, and complained about, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if problem.errno != errno.EPIPE:
+            error(f"can't write the output: {problem.strerror}")
+            sys.exit(1)
