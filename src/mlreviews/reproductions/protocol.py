@@ -118,9 +118,7 @@ class Claim:
             raise ValueError(f"claim {self.statement!r}: needs at_least, at_most or both")
         if not all(map(math.isfinite, bounds)) or bounds != sorted(bounds):
             raise ValueError(f"claim {self.statement!r}: no value is within the bounds {bounds}")
-        for value in (self.measured, *(self.interval or ())):
-            if not math.isfinite(value):
-                raise ValueError(f"claim {self.statement!r}: measured {value}, expected a finite number")
+        _check_finite(self.statement, (self.measured, *(self.interval or ())))
 
     @property
     def criterion(self) -> str:
@@ -174,9 +172,16 @@ def measure(
     runs = [float(v) for v in values]
     if len(runs) < 3:
         raise ValueError(f"claim {statement!r}: an interval needs at least 3 seeds, got {len(runs)}")
+    _check_finite(statement, runs)
     mean = statistics.fmean(runs)
     half = _T975[min(len(runs) - 1, len(_T975)) - 1] * statistics.stdev(runs) / math.sqrt(len(runs))
     return Claim(statement, source, mean, unit, at_least, at_most, (mean - half, mean + half), len(runs))
+
+
+def _check_finite(statement: str, values: Iterable[float]) -> None:
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(f"claim {statement!r}: measured {value}, expected a finite number")
 
 
 @dataclass(frozen=True)
