@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from dataclasses import astuple
 from pathlib import Path
+
+from mlreviews.catalogue import Technique
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "mlreviews"
 
@@ -166,3 +169,19 @@ def write_package(folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
     write(package)
+
+
+class Portable(Technique):
+    """A fake that other processes find as well: its reproduction is on the path, not in the package."""
+
+    @classmethod
+    def of(cls, technique: Technique) -> Portable:
+        return cls(*astuple(technique))
+
+    @property
+    def reproduction(self) -> str:
+        return f"fakes.{self.module_name}"
+
+    @property
+    def reproduced(self) -> bool:
+        return True
