@@ -17,12 +17,12 @@ __all__ = ["bench"]
 
 
 def bench(
-    ctx: typer.Context,
     name: Annotated[str | None, typer.Argument(help="The benchmark; without it they are listed.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the benchmark.")] = None,
 ) -> None:
     """List the benchmarks, or run one.
 
-    What follows the name goes to the benchmark; --help only after a --.
+    What follows the name goes to the benchmark, but --help only after a --.
     """
     scripts = _scripts()
     if name is None:
@@ -32,7 +32,7 @@ def bench(
     key = name.removesuffix(".py").removeprefix("bench_")
     if key not in scripts:
         raise CommandError(f"no benchmark is called {name!r}{catalogue.nearest(key, scripts)}", usage=True)
-    code = subprocess.run([sys.executable, scripts[key], *ctx.args], check=False).returncode
+    code = subprocess.run([sys.executable, scripts[key], *(arguments or [])], check=False).returncode
     raise typer.Exit(code if code >= 0 else 128 - code)  # a signal's number, as shells count
 
 

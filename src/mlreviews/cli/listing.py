@@ -17,7 +17,7 @@ from mlreviews.cli.output import (
     CommandError,
     claims_table,
     console,
-    error,
+    note,
     path_text,
     print_columns,
     print_json,
@@ -83,7 +83,7 @@ def list_techniques(
     elif found:
         _print_list(found)
     else:
-        error("no technique of the catalogue matches")
+        note("no technique of the catalogue matches")
 
 
 def _mentions(technique: Technique, word: str) -> bool:
@@ -215,7 +215,7 @@ def _last_record(technique: Technique, out: Path) -> tuple[Record | None, Path |
             try:
                 found.append((Record.read(file), file))
             except RecordError as problem:
-                error(str(problem))
+                note(str(problem))
     return max(found, key=lambda pair: pair[0].started, default=(None, None))
 
 

@@ -16,8 +16,20 @@ if TYPE_CHECKING:
 
     from mlreviews.reproductions.protocol import Claim, Record
 
-__all__ = ["CommandError", "claims_table", "console", "error", "path_text", "print_columns", "print_json", "provenance"]
+__all__ = [
+    "CommandError",
+    "claims_table",
+    "console",
+    "error",
+    "note",
+    "path_text",
+    "print_columns",
+    "print_json",
+    "provenance",
+    "show_tracebacks",
+]
 
+_tracebacks = False  # an option of the whole command, which every part of it would have to hand on
 _VERDICT_STYLES = {"holds": "green", "does not hold": "bold red", "inconclusive": "yellow"}
 
 
@@ -41,11 +53,22 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
+def show_tracebacks(wanted: bool) -> None:
+    """Says whether `error` prints tracebacks from now on."""
+    global _tracebacks
+    _tracebacks = wanted
+
+
 def error(message: str, problem: BaseException | None = None) -> None:
-    """Prints a line on standard error, below the traceback of the problem where one is given."""
-    if problem is not None:
+    """Prints a line on standard error, below the traceback of the problem where tracebacks are wanted."""
+    if _tracebacks and problem is not None:
         traceback.print_exception(problem, file=sys.stderr)
     print(f"Error: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Prints a line on standard error that is worth knowing, though the command succeeds."""
+    print(message, file=sys.stderr)
 
 
 def print_json(value: object) -> None:

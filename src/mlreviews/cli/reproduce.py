@@ -25,7 +25,6 @@ __all__ = ["reproduce"]
 
 
 def reproduce(
-    ctx: typer.Context,
     names: Annotated[
         list[str] | None,
         typer.Argument(metavar="SLUG|AREA", help="Techniques, or areas.", autocompletion=complete_slug),
@@ -68,7 +67,7 @@ def reproduce(
                     verdicts.update(claim.verdict.value for claim in record.outcome.claims)
                 if isinstance(result, ReproductionError):
                     failed.append(technique.slug)
-                    error(str(result), result if ctx.obj else None)
+                    error(str(result), result)
                 else:
                     screen.print(f"written: {_written(technique, out)}\n", soft_wrap=True)
     except ReproductionError as problem:
