@@ -70,10 +70,11 @@ def test_card_is_complete_and_cites_the_paper(technique: Technique) -> None:
 
 
 @each_implemented
-def test_reductions_name_a_technique_or_a_library_object_and_are_tested(technique: Technique) -> None:
+def test_reductions_name_known_techniques_and_are_tested(technique: Technique) -> None:
     reductions = read_card(technique.source_file).reductions
     for target in reductions:
-        assert target in techniques() or re.fullmatch(r"[a-z]+(\.\w+)+", target), f"unknown technique {target!r}"
+        # "torch.nn.Linear" or "ridge regression" is none of ours; a lone word or a slug must be in the catalogue.
+        assert target in techniques() or re.search(r"[. ]", target), f"unknown technique {target!r}"
     assert technique.test_file is not None
     tested = re.findall(r"def test_\w*reduces_to\w*", technique.test_file.read_text(encoding="utf-8"))
     assert len(tested) >= len(reductions), f"{len(reductions)} reductions, but {len(tested)} tests named reduces_to"
