@@ -84,9 +84,17 @@ def test_generators_repeat_and_differ_between_seeds_and_streams() -> None:
     assert Settings(seed=2**63 - 1).generator(7).device == torch.device("cpu")
 
 
-def test_settings_can_not_be_changed() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().seed = 1  # type: ignore[misc]
+def test_settings_are_the_same_whoever_watches() -> None:
+    watched = Settings(seed=1, tracker=lambda items, description, total: items)
+    assert watched == Settings(seed=1)
+    assert repr(watched) == repr(Settings(seed=1))
+
+
+@pytest.mark.parametrize("made", [Settings(), Outcome([], {}), measure("It is.", "Anon.", 1.0, at_least=0.0)])
+def test_what_was_measured_can_not_be_changed(made: Any) -> None:
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, None)
 
 
 # Claims
@@ -269,6 +277,14 @@ def test_records_are_strict_json_with_the_verdict_and_one_line_a_series() -> Non
     assert stored["claims"][0]["verdict"] == "does not hold"
     assert '  "a": [1.0, null, null, null, 1e+30],\n  "b": [2.0]\n' in made.to_json()
     assert json.loads(record().to_json())["series"] == {}
+
+
+def test_records_can_be_read_by_people() -> None:
+    assert record().to_json().startswith('{\n "slug": "lora",\n "full": true,\n')
+    with pytest.raises(ValueError, match="JSON compliant"):
+        dataclasses.replace(record(), seconds=math.nan).to_json()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record().seed = 1  # type: ignore[misc]
 
 
 def test_records_keep_their_letters() -> None:

@@ -7,6 +7,7 @@ need it, when they run.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -62,19 +63,17 @@ def options(
 
 def main() -> None:
     """Runs the command line and ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ≥ gets a question mark
     try:
-        app()
-    finally:
-        _flush()
-
-
-def _flush() -> None:
-    """Writes out what is buffered: a reader that has gone away (``| head``) is no error, a full disk is."""
-    try:
-        sys.stdout.flush()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except OSError as problem:
         # What is still buffered would be tried again, and complained about, when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if problem.errno != errno.EPIPE:
-            error(f"can't write the output: {problem.strerror}")
-            sys.exit(1)
+        if problem.errno != errno.EPIPE:  # a reader that has gone away (``| head``) needs no message
+            error(f"{problem.filename or 'the output'}: {problem.strerror}", problem)
+        sys.exit(1)

@@ -29,10 +29,10 @@ __all__ = ["Claim", "Outcome", "Record", "RecordError", "Settings", "Verdict", "
 T = TypeVar("T")
 Tracker = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
-# 97.5 % points of Student's t with 1 to 30 degrees of freedom; the last serves for more, where it is too wide by 4 %
+# 97.5 % points of Student's t with 2 to 30 degrees of freedom; the last serves for more, where it is too wide by 4 %
 # at most.
 _T975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 
@@ -174,7 +174,7 @@ def measure(
         raise ValueError(f"claim {statement!r}: an interval needs at least 3 seeds, got {len(runs)}")
     _check_finite(statement, runs)
     mean = statistics.fmean(runs)
-    half = _T975[min(len(runs) - 1, len(_T975)) - 1] * statistics.stdev(runs) / math.sqrt(len(runs))
+    half = _T975[min(len(runs) - 3, len(_T975) - 1)] * statistics.stdev(runs) / math.sqrt(len(runs))
     return Claim(statement, source, mean, unit, at_least, at_most, (mean - half, mean + half), len(runs))
 
 
