@@ -121,9 +121,9 @@ class Technique:
             return ()
         text = self.source_file.read_text(encoding="utf-8")
         dotted = re.findall(r"^\s*(?:from|import) mlreviews_kernels\.(\w+)", text, re.MULTILINE)
-        listed = re.findall(r"^\s*from mlreviews_kernels import \(?([\w\s,]+)", text, re.MULTILINE)
-        cores = {*dotted, *(name for names in listed for name in re.findall(r"\w+", names))}
-        return tuple(sorted(cores - {"use_backend"}))
+        listed = re.findall(r"^\s*from mlreviews_kernels import (\([\w\s,]+|[\w ,]+)", text, re.MULTILINE)
+        cores = {*dotted, *(name for names in listed for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", names))}
+        return tuple(sorted(cores - {"BackendError", "backends", "use_backend"}))
 
     @property
     def status(self) -> str:

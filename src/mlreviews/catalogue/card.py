@@ -16,6 +16,7 @@ __all__ = ["SECTIONS", "Card", "CardError", "PublicName", "parse_card", "public_
 
 SECTIONS = ("Equation", "Symbols", "Defaults", "Deviations", "Reduces to")
 _NONE = {"none", "none."}
+_SOURCE = re.compile(r"^(?:Paper|Source): (.+(?:\n[ \t]+\S.*)*)", re.MULTILINE)
 
 
 class CardError(ValueError):
@@ -64,29 +65,33 @@ def parse_card(docstring: str) -> Card:
         docstring: the text, with its indentation cleaned (as ``inspect.getdoc`` gives it).
 
     Raises:
-        CardError: a part is missing, empty or unknown.
+        CardError: a part is missing, empty, unknown or there twice.
     """
     title, _, rest = docstring.strip().partition("\n")
     parts = re.split(r"^([A-Z][A-Za-z ]+):[ \t]*\n(?=[ \t]+\S)", rest, flags=re.MULTILINE)
     head = textwrap.dedent(parts[0]).strip()
-    sections = {name: textwrap.dedent(text).strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    sections: dict[str, str] = {}
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        if name in sections:
+            raise CardError(f"the card has two sections '{name}:'")
+        sections[name] = textwrap.dedent(text).strip()
     if missing := [name for name in SECTIONS if not sections.get(name)]:
         raise CardError(f"the card has no section '{missing[0]}:' with an indented text below it")
     if unknown := sorted(sections.keys() - set(SECTIONS)):
         raise CardError(f"the card has an unknown section '{unknown[0]}:'; the sections are {', '.join(SECTIONS)}")
-    sources = _sources(head)
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        if outside := re.search(r"^\S.*", text, re.MULTILINE):
+            raise CardError(f"{outside[0]!r} is not indented, though it stands in the section '{name}:'")
+    paragraphs = re.split(r"\n\s*\n", head)
+    sources = tuple(" ".join(source.split()) for source in _SOURCE.findall(head))
     if not sources:
         raise CardError("the card names no 'Paper:' or 'Source:'")
-    description = "\n\n".join(p for p in re.split(r"\n\s*\n", head) if not _sources(p))
+    if other := [rest for p in paragraphs if _SOURCE.search(p) and (rest := _SOURCE.sub("", p).strip())]:
+        raise CardError(f"{other[0]!r} stands among the 'Paper:' and 'Source:' lines, and is none")
+    description = "\n\n".join(p for p in paragraphs if not _SOURCE.search(p))
     if not title.endswith(".") or not description:
         raise CardError("the card needs a first line that ends with a full stop, and a description")
     return Card(title, sources, description, sections)
-
-
-def _sources(text: str) -> tuple[str, ...]:
-    return tuple(
-        " ".join(line.split()) for line in re.findall(r"^(?:Paper|Source): (.+(?:\n[ \t]+\S.*)*)", text, re.MULTILINE)
-    )
 
 
 def entries(text: str) -> dict[str, str]:
@@ -110,16 +115,22 @@ def read_card(source_file: Path) -> Card:
     Raises:
         CardError: the card is missing or broken; the file is named.
     """
-    docstring = ast.get_docstring(ast.parse(source_file.read_text(encoding="utf-8")), clean=True)
     try:
-        return parse_card(docstring or "")
+        return parse_card(ast.get_docstring(_parse(source_file)) or "")
     except CardError as error:
         raise CardError(f"{source_file.name}: {error}") from None
 
 
+def _parse(source_file: Path) -> ast.Module:
+    try:
+        return ast.parse(source_file.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise CardError(f"line {error.lineno}: {error.msg}") from error
+
+
 def public_names(source_file: Path) -> list[PublicName]:
     """The names in a module's ``__all__``, in that order, with signature and summary."""
-    tree = ast.parse(source_file.read_text(encoding="utf-8"))
+    tree = _parse(source_file)
     assignments = {
         target.id: node.value
         for node in tree.body
@@ -142,5 +153,10 @@ def _public_name(name: str, node: ast.FunctionDef | ast.ClassDef | None) -> Publ
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         return PublicName(name, f"{name}({ast.unparse(node.args)}){returns}", summary)
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    arguments = re.sub(r"^self(, )?", "", ast.unparse(init.args)) if init else ""
+    if init:
+        arguments = re.sub(r"^self(, )?", "", ast.unparse(init.args))
+    elif any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        arguments = ", ".join(ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign))
+    else:
+        arguments = ""
     return PublicName(name, f"class {name}({arguments})", summary)
