@@ -81,7 +81,7 @@ def test_what_is_chosen(
     result = run("reproduce", *arguments, "--seed", "1")
     expected = [slug for slug, t in fakes.items() if t.reproduced] if chosen == "fakes" else chosen
     assert [slug for slug, _, _ in calls] == expected
-    assert f"{2 * len(expected)} claims: holds\n" in result.stdout
+    assert f"\nclaims: {2 * len(expected)} holds\n" in result.stdout
 
 
 def test_what_can_not_be_run(fakes: Fakes) -> None:
@@ -130,7 +130,7 @@ def test_failures_are_one_line_each_and_stop_nothing(fakes: Fakes) -> None:
     assert lines[1].startswith("Error: undrawable-fake: its results can't be drawn and written to results: ValueError")
     assert len(lines) == 2
     assert "undrawable-fake: Undrawable\n" in result.stdout  # what was measured is shown
-    assert result.stdout.endswith("\n\n2 claims: holds; failed: failing-fake, undrawable-fake\n")
+    assert result.stdout.endswith("\n\nclaims: 2 holds; failed: failing-fake, undrawable-fake\n")
     assert result.stdout.count("written:") == 1
 
 
@@ -174,8 +174,7 @@ def test_progress_on_a_terminal_only(fakes: Fakes) -> None:
     assert "measuring" in run("reproduce", "good-fake", terminal=True).stdout
     result = run("reproduce", "good-fake", "false-fake", terminal=True)
     assert "reproductions" in result.stdout
-    assert "2 claims" not in result.stdout
-    assert "1 claims: does not hold; 1 claims: holds\n" in result.stdout
+    assert "claims: 1 does not hold, 1 holds\n" in result.stdout
     assert "measuring" not in run("reproduce", "good-fake").output
 
 

@@ -73,8 +73,8 @@ def reproduce(
     except ReproductionError as problem:
         raise CommandError(str(problem)) from problem
     if len(chosen) > 1:
-        summary = [f"{number} claims: {verdict}" for verdict, number in sorted(verdicts.items())]
-        screen.print("; ".join([*summary, *([f"failed: {', '.join(failed)}"] if failed else [])]))
+        found = ", ".join(f"{number} {verdict}" for verdict, number in sorted(verdicts.items()))
+        screen.print("; ".join([f"claims: {found or 'none'}", *([f"failed: {', '.join(failed)}"] if failed else [])]))
     if failed or (strict and verdicts.total() > verdicts["holds"]):
         raise typer.Exit(1)
 
@@ -108,10 +108,10 @@ def _progress(screen: Console) -> Progress:
 
 
 def _print_record(screen: Console, technique: Technique, record: Record) -> None:
-    screen.print(f"{technique.slug}: {technique.short}", style="bold")
-    screen.print(f"{provenance(record)}\n", style="dim")
-    screen.print(claims_table(record))
-    screen.print()
+    from rich.text import Text
+
+    title = Text.assemble((f"{technique.slug}: {technique.short}", "bold"), "\n", (provenance(record), "dim"))
+    screen.print(title, "", claims_table(record), "", sep="\n")
 
 
 def _written(technique: Technique, out: Path) -> str:
