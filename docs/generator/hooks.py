@@ -12,11 +12,12 @@ from typing import Any
 
 import matplotlib
 from formulas import FormulaExtension
+from markup import copy_of, repository_links
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from pages import Site, area_name, copy_of, kernel_cores, repository_links, source_files
+from pages import Site, area_name, kernel_cores, source_files
 
 from mlreviews.catalogue import PACKAGE, Technique, techniques
 from mlreviews.catalogue.card import CardError, read_card

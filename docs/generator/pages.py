@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
+from markup import attribute, copy_of, prose, quoted, repository_path, table
 from reductions import Box, Reduction, draw
+from results import claims_table, command, provenance, verdicts
 
 from mlreviews import catalogue
 from mlreviews.catalogue import Technique
 from mlreviews.catalogue.card import SECTIONS, Card, CardError, entries, public_names
-from mlreviews.reproductions.protocol import Claim, Record, Verdict
+from mlreviews.reproductions.protocol import Record
 from mlreviews_kernels.backends import Core
 
 AREAS = {"peft": "PEFT", "rl": "RL", "ssm": "State-space models", "timeseries": "Time series", "optim": "Optimisers"}
-PLURAL = {Verdict.HOLDS: "hold", Verdict.DOES_NOT_HOLD: "do not hold"}
-MARKS = {Verdict.HOLDS: "✓", Verdict.DOES_NOT_HOLD: "✗", Verdict.INCONCLUSIVE: "?"}
 
 
 def area_name(area: str) -> str:
@@ -35,91 +34,6 @@ def area_summary(area: str) -> str:
     package = catalogue.PACKAGE / area / "__init__.py"
     text = (ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or "") if package.is_file() else ""
     return re.sub(r"^Area [\w-]+: (\w)", lambda match: match[1].upper(), text)
-
-
-def prose(text: str) -> str:
-    """Text of a card as Markdown, with the arXiv ids as links."""
-    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
-
-
-def cell(text: str) -> str:
-    """Text that may stand in a cell of a Markdown table."""
-    # Vertical bars inside a formula are taken out of the text before the table is read.
-    parts = re.split(r"(\$[^$]+\$)", " ".join(text.split()))
-    return "".join(part if part.startswith("$") else part.replace("|", r"\|") for part in parts)
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; headers that begin with ``>`` stand over right-aligned columns."""
-    rule = ["--:" if header.startswith(">") else "---" for header in headers]
-    names = [header.removeprefix(">") for header in headers]
-    lines = [names, rule, *([cell(text) for text in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def verdict(value: Verdict, count: int | None = None) -> str:
-    """A verdict as mark and words, or as mark and count."""
-    words = value.value if count in (None, 1) else PLURAL.get(value, value.value)
-    text = words if count is None else f"{count} {words}"
-    return f'<span class="verdict {value.name.lower()}"><span aria-hidden="true">{MARKS[value]}</span> {text}</span>'
-
-
-def verdicts(claims: Iterable[Claim]) -> str:
-    """How many claims hold, do not, and are open; what there is none of is left out."""
-    counts = Counter(claim.verdict for claim in claims)
-    return " ".join(verdict(value, counts[value]) for value in Verdict if counts[value])
-
-
-def measured(claim: Claim) -> str:
-    """The measured value with its unit, and below it the interval where there is one."""
-    value = f"{claim.measured:.4g} {claim.unit}".strip()
-    if claim.interval is None:
-        return value
-    low, high = claim.interval
-    spread = f"95 %: {low:.4g} to {high:.4g}, {claim.seeds} seeds" if low < high else f"in each of {claim.seeds} seeds"
-    return f"{value}<br><small>{spread}</small>"
-
-
-def claims_table(claims: Iterable[Claim]) -> str:
-    """The claims of a record."""
-    return table(
-        ["Claim", "Measured", "Criterion", "Verdict"],
-        (
-            [
-                f"{c.statement}<br><small>{prose(c.source)}</small>",
-                measured(c),
-                f"{c.criterion} {c.unit}".strip(),
-                verdict(c.verdict),
-            ]
-            for c in claims
-        ),
-    )
-
-
-def command(record: Record) -> str:
-    """The command line that runs a reproduction as the record was."""
-    options = " --full" if record.full else ""
-    options += f" --seed {record.seed}" if record.seed else ""
-    options += f" --device {record.device}" if record.device != "cpu" else ""
-    return f"mlreviews reproduce {record.slug}{options}"
-
-
-def provenance(record: Record) -> str:
-    """With what a record was made."""
-    versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
-    machine = ", ".join(
-        f"{name} {value}" if isinstance(value, int) else value for name, value in record.machine.items()
-    )
-    return table(
-        ["", ""],
-        [
-            ["Settings", "full" if record.full else "quick"],
-            ["Seed", str(record.seed)],
-            ["Run", f"{record.started[:10]}, {record.seconds:.1f} s on {record.device}"],
-            ["Versions", versions],
-            ["Machine", machine],
-        ],
-    )
 
 
 def docstring_of(source_file: Path, function: str = "") -> str:
@@ -235,7 +149,7 @@ class Site:
         caption = docstring_of(technique.reproduction_file, "draw") or technique.short
         return [
             *parts,
-            f"![{_attribute(caption)}]({technique.slug}.svg){{ .figure }}",
+            f"![{attribute(caption)}]({technique.slug}.svg){{ .figure }}",
             claims_table(record.outcome.claims),
             "To run it again (`--full` takes the larger settings, where there are any):",
             f"```bash\n{command(record)}\n```",
@@ -303,7 +217,7 @@ class Site:
             page = f"{base}/{technique.area}/{slug}"
             caption = docstring_of(technique.reproduction_file, "draw") or technique.short
             tiles.append(
-                f"-   [![{_attribute(caption)}]({page}.svg)]({page}.md)\n\n"
+                f"-   [![{attribute(caption)}]({page}.svg)]({page}.md)\n\n"
                 f"    **[{technique.short}]({page}.md)**<br>{caption}\n\n    {verdicts(record.outcome.claims)}"
             )
         if not tiles:
@@ -343,16 +257,7 @@ def _paper(technique: Technique) -> str:
 
 def _front_matter(technique: Technique) -> str:
     status = "" if technique.implemented else "\nstatus: planned"
-    return f"---\ntitle: {_quoted(technique.short)}\ndescription: {_quoted(technique.title)}{status}\n---"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _attribute(text: str) -> str:
-    """Text for the square brackets of an image."""
-    return escape(" ".join(text.split()), quote=False).replace("[", "(").replace("]", ")")
+    return f"---\ntitle: {quoted(technique.short)}\ndescription: {quoted(technique.title)}{status}\n---"
 
 
 def source_files(technique: Technique) -> dict[str, Path]:
@@ -365,44 +270,10 @@ def source_files(technique: Technique) -> dict[str, Path]:
     return {name: path for name, path in files.items() if path and path.is_file()}
 
 
-def repository_links(markdown: str, root: Path) -> tuple[str, list[Path]]:
-    """Makes links of a file in the root of the repository into links of a page in the root of the site.
-
-    Args:
-        markdown: its text, with links relative to the root.
-        root: of the repository.
-
-    Returns:
-        The text, with links to pages of the site or to copies of the files; and the files that must be copied.
-    """
-    linked: list[Path] = []
-
-    def target(match: re.Match[str]) -> str:
-        path = root / match[1]
-        if not path.is_file():
-            return match[0]
-        if match[1].startswith("docs/"):
-            return f"]({match[1].removeprefix('docs/')}"
-        linked.append(path)
-        return f"]({copy_of(path)}"
-
-    return re.sub(r"\]\(([^)#:]+)", target, markdown), linked
-
-
 def kernel_cores(cores: Iterable[Core]) -> str:
     """The kernel cores and their backends."""
     rows = [[f"`{core.name}`", ", ".join(core.backends)] for core in cores]
     return table(["Core", "Backends"], rows) if rows else "No core is part of this version yet."
-
-
-def copy_of(path: Path) -> str:
-    """Where the site has its copy of a source file; browsers show text where they would download Python."""
-    return f"files/{repository_path(path)}.txt"
-
-
-def repository_path(path: Path) -> str:
-    """The path from the root of the repository."""
-    return path.relative_to(catalogue.PACKAGE.parent.parent).as_posix()
 
 
 def _file_link(path: Path, root: str) -> str:

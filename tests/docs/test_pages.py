@@ -4,21 +4,9 @@ from pathlib import Path
 import pytest
 from formulas import FormulaExtension
 from markdown import Markdown
-from pages import (
-    Site,
-    area_name,
-    area_summary,
-    cell,
-    claims_table,
-    command,
-    kernel_cores,
-    measured,
-    prose,
-    repository_links,
-    table,
-    verdict,
-    verdicts,
-)
+from markup import cell, prose, repository_links, table
+from pages import Site, area_name, area_summary, kernel_cores
+from results import claims_table, command, measured, verdict, verdicts
 
 from mlreviews.catalogue import Technique
 from mlreviews.catalogue.card import read_card
