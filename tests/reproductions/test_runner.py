@@ -282,6 +282,13 @@ def test_what_can_not_be_stored_is_an_error_of_the_experiment(
         reproduce(fakes["good-fake"], Settings(), out)
 
 
+def test_a_file_that_the_experiment_misses_is_named(fakes: Fakes, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment(fakes["good-fake"]), "run", lambda settings: Path("weights.bin").read_bytes())
+    with pytest.raises(ReproductionError) as caught:
+        reproduce(fakes["good-fake"], Settings(), out)
+    assert str(caught.value) == "good-fake: the experiment failed: No such file or directory: weights.bin"
+
+
 def test_what_was_measured_outlives_a_failing_figure(fakes: Fakes, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ReproductionError, match=r"can't be drawn and written to .*: no such colour") as caught:
@@ -385,6 +392,24 @@ def test_a_second_process_is_kept_away(never_run: Technique, out: Path, holder: 
     message = rf"^another process is writing this reproduction: it holds {out / '.good-fake.lock'}$"
     with pytest.raises(ReproductionError, match=message):
         reproduce(never_run, Settings(), out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("step", ["_lock_handle", "Path.mkdir"])
+def test_a_folder_without_locks_or_space(
+    never_run: Technique, out: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(f"mlreviews.reproductions.runner.{step}", fails)
+    before = contents(out)
+    message = rf"^can't write to the output folder {out}: No locks available$"
+    with pytest.raises(ReproductionError, match=message), runner._exclusive("good-fake", out):
+        pytest.fail("went on")
+    monkeypatch.undo()
+    with runner._exclusive("good-fake", out):  # nothing is held
+        pass
     assert contents(out) == before
 
 

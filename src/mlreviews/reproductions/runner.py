@@ -73,13 +73,10 @@ def check_environment(settings: Settings, out: Path) -> None:
         torch.empty(0, device=settings.device)
     except Exception as error:
         raise ReproductionError(f"device {settings.device!r} can't be used: {_first_line(error)}") from error
-    try:
+    with _writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out, prefix=".mlreviews-"):
             pass
-    except OSError as error:
-        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
-        raise ReproductionError(f"can't write to the output folder {out}: {reason}") from error
 
 
 def reproduce(technique: Technique, settings: Settings, out: Path) -> Record:
@@ -113,7 +110,7 @@ def reproduce(technique: Technique, settings: Settings, out: Path) -> Record:
 
 
 def _run(slug: str, experiment: ModuleType, settings: Settings) -> Record:
-    """Measures, with every random generator that torch has by default seeded too."""
+    """Measures. Torch's default random generators are seeded for the experiment, and put back after it."""
     import torch
 
     started = datetime.now(UTC)
@@ -176,16 +173,27 @@ def _publish(staging: Path, out: Path) -> None:
 def _exclusive(slug: str, out: Path) -> Iterator[Path]:
     """A hidden, empty folder in ``out`` for the files of one slug, held by one process at a time."""
     lock, staging = out / f".{slug}.lock", out / f".{slug}.tmp"
-    handle = _lock(lock)
+    with _writing_to(out):
+        handle = _lock(lock)
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
-        staging.mkdir()
+        with _writing_to(out):
+            shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+            staging.mkdir()
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):  # Windows keeps open files
             lock.unlink()
         os.close(handle)
+
+
+@contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise ReproductionError(f"can't write to the output folder {out}: {reason}") from error
 
 
 def _lock(path: Path) -> int:
@@ -201,6 +209,9 @@ def _lock(path: Path) -> int:
             raise ReproductionError(f"another process is writing this reproduction: it holds {path}") from None
         except FileNotFoundError:
             pass
+        except OSError:  # some network file systems have no locks
+            os.close(handle)
+            raise
         os.close(handle)  # its former holder removed the file between our opening and locking it
 
 
@@ -248,7 +259,8 @@ def _failure(subject: str, error: Exception, what: str) -> ReproductionError:
     if package in EXTRAS:
         return ReproductionError(f"{subject} needs {package}: pip install 'mlreviews[{EXTRAS[package]}]'")
     if isinstance(error, OSError) and error.strerror:
-        return ReproductionError(f"{subject}: {what}: {error.strerror}")
+        where = f": {error.filename}" if error.filename else ""
+        return ReproductionError(f"{subject}: {what}: {error.strerror}{where}")
     return ReproductionError(f"{subject}: {what}: {type(error).__name__}: {_first_line(error)}")
 
 
@@ -312,7 +324,8 @@ def reproduce_many(
     if jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
     check_environment(settings, out)
-    if jobs == 1:
+    jobs = min(jobs, len(techniques))
+    if jobs <= 1:
         for technique in techniques:
             yield technique, _attempt(technique, settings, out)
         return
