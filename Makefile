@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# an announcement of the theme's authors that has nothing to do with this site
+export NO_MKDOCS_2_WARNING := 1
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow check format bench docs records constraints clean
