@@ -258,6 +258,10 @@ class TestSampleWiseCurve:
             part = double_descent_curve(features, Sample(train.x[:n], train.y[:n]), test, [12], ridge=ridge)
             assert [float(column[i]) for column in curve[1:]] == [float(column[0]) for column in part[1:]]
 
+    def test_has_no_ridge_by_default(self) -> None:
+        train, test = _sample(30), _sample(11, seed=1)
+        assert float(sample_wise_curve(_fourier(), train, test, 40, [20]).train_mse) < 1e-15
+
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
         train, test = _sample(9), _sample(5, seed=1)
@@ -321,6 +325,10 @@ class TestGaussianRisk:
     def test_asymptotic_risk_at_the_threshold(self) -> None:
         assert asymptotic_ridgeless_risk(1.0, 3.0, 0.1) == math.inf
         assert asymptotic_ridgeless_risk(1.0, 3.0, 0.0) == 0
+
+    def test_asymptotic_risk_without_noise_is_the_unseen_part(self) -> None:
+        assert asymptotic_ridgeless_risk(0.5, 0.3, 0.0) == 0
+        assert asymptotic_ridgeless_risk(4.0, 0.4, 0.0) == pytest.approx(0.3)
 
     def test_the_optimal_ridge_beats_its_neighbours(self) -> None:
         n, p, sigma, repetitions = 7, 6, 0.8, 2000
@@ -393,6 +401,18 @@ class TestWeightReuseCurve:
         assert float(curve.train_mse[1]) == pytest.approx(float((net(train.x) - train.y).square().mean()))
         squares = sum(float(p.square().sum()) for p in net.parameters())
         assert float(curve.norm[1]) == pytest.approx(math.sqrt(squares))
+
+    def test_as_many_parameters_as_targets_are_not_below_the_threshold(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found: list[tuple[float, int]] = []
+
+        def record(net: nn.Module, x: Tensor, y: Tensor, **settings: Any) -> Any:
+            found.append((settings["decay"], settings["steps"]))
+            return iter(())
+
+        monkeypatch.setattr(double_descent, "gradient_descent", record)
+        for n in (9, 10):  # (2 + 1) 2 + (2 + 1) = 9 parameters
+            weight_reuse_curve(_sample(n, 2, 1), _sample(3, 2, 1), [2], lr=0.1)
+        assert found == [(1.0, 6000), (0.9, 6000)]
 
     def test_stops_below_the_threshold_when_all_classes_are_right(self, monkeypatch: pytest.MonkeyPatch) -> None:
         labels = torch.arange(60) % 2
