@@ -50,7 +50,7 @@ class TestTwoLayerNet:
         assert net.first.weight.any()
 
     def test_new_units_have_the_given_spread(self) -> None:
-        net = TwoLayerNet(50, 1, 30, generator=_rng()).widened(81, std=0.3, generator=_rng(1))
+        net = TwoLayerNet(50, 1, 30, generator=_rng()).widened(81, std=0.3, generator=_rng(1)).requires_grad_(False)
         for new in (net.first.weight[1:], net.first.bias[1:], net.second.weight[:, 1:]):
             assert abs(float(new.square().mean()) - 0.09) < 5 * 0.09 * (2 / new.numel()) ** 0.5
         other = TwoLayerNet(50, 1, 30, generator=_rng()).widened(81, std=0.3, generator=_rng(1))
