@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,10 +15,17 @@ from tests.contracts.families import Member, Sample, each_member
 each_drawing = each_member("random")
 
 
-def _numbers(result: Any) -> list[Tensor]:
-    if isinstance(result, nn.Module):
-        return list(result.state_dict().values())
-    return [torch.as_tensor(leaf) for leaf in tree_leaves(result)]
+def _numbers(value: Any) -> list[Tensor]:
+    """All tensors and numbers in a value; functions among the arguments hold none that could change."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, nn.Module):
+            found += leaf.state_dict().values()
+        elif dataclasses.is_dataclass(leaf):
+            found += _numbers([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+        elif not callable(leaf):
+            found.append(torch.as_tensor(leaf))
+    return found
 
 
 def _drawn(sample: Sample, seed: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ from mlreviews.generalization import (
     squared_bias_and_variance,
     subsets,
 )
+from tests.contracts.families import Sample
 
 DOMAIN = (0.0, 1.0)
 N, SIGMA, REPS = 15, 0.4, 80
@@ -45,6 +46,20 @@ def _uniform(generator: Generator | None) -> Tensor:
 
 def _mean_fit(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda inputs: y.mean().expand(len(inputs))
+
+
+def _decomposition() -> Sample:
+    """The quickest use of the functions that refit: the mean of random labels."""
+    args = (_mean_fit, random_design(_uniform, _sine, SIGMA), torch.linspace(0, 1, 4, dtype=torch.float64), _sine)
+    return Sample(bias_variance_decompose, args, {"sigma": SIGMA, "n_rep": 3})
+
+
+def _on_data() -> Sample:
+    args = (_mean_fit, subsets(_random(30), _random(30, seed=1), 5), _random(4), _random(4, seed=2))
+    return Sample(bias_variance_on_data, args, {"n_rep": 3})
+
+
+CONTRACT = {"bias_variance_decompose": _decomposition, "bias_variance_on_data": _on_data}
 
 
 @pytest.fixture(scope="module")

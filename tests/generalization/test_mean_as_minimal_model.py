@@ -23,6 +23,7 @@ from mlreviews.generalization import (
     weighted_median,
     weighted_quantile,
 )
+from tests.contracts.families import Sample
 
 MINIMISERS: dict[str, Callable[..., Tensor]] = {
     "mean": weighted_mean,
@@ -37,6 +38,9 @@ def _rng(seed: int = 0) -> torch.Generator:
 
 def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype, generator=_rng(seed))
+
+
+CONTRACT = {"ConstantPredictor": lambda: Sample(ConstantPredictor().fit(_random(6)), (_random(5, 3),))}
 
 
 def _descend(loss: Callable[[Tensor], Tensor], steps: int, rate: Callable[[int], float]) -> float:

@@ -272,7 +272,16 @@ def random_design(draw: Callable[[Generator | None], Tensor], f_true: Function, 
 
 
 def fixed_design(x: Inputs, f_true: Function, sigma: float) -> Sampler:
-    """A sampler whose training sets all have the inputs x, with new labels f_true(x) + N(0, sigma^2) each time."""
+    """A sampler whose training sets all have the inputs x, with new labels f_true(x) + N(0, sigma^2) each time.
+
+    Args:
+        x: the training inputs.
+        f_true: the true regression function, from inputs to labels without noise.
+        sigma: standard deviation of the labels' noise.
+
+    Returns:
+        from a generator to inputs and labels.
+    """
     return random_design(lambda generator: x, f_true, sigma)
 
 

@@ -83,7 +83,18 @@ def weighted_mean(y: Float[Tensor, " n"], weights: Weights = None) -> Float[Tens
 
 
 def weighted_median(y: Float[Tensor, " n"], weights: Weights = None) -> Float[Tensor, ""]:
-    """The constant of least absolute error: `weighted_quantile` at one half."""
+    """The constant of least absolute error: `weighted_quantile` at one half.
+
+    Args:
+        y: observations.
+        weights: of the observations, not negative and not all 0; None means all equal.
+
+    Returns:
+        The median in the dtype of y: an observation, or halfway between two.
+
+    Raises:
+        ValueError: as `weighted_mean`.
+    """
     return weighted_quantile(y, 0.5, weights)
 
 
@@ -188,12 +199,36 @@ def expected_optimism(p: float, n: int, sigma: float) -> float:
 
 
 def expected_train_error(p: int, n: int, sigma: float) -> float:
-    """The expected mean squared error on the training data, eq. (2); arguments as for `expected_optimism`."""
+    """The expected mean squared error on the training data, eq. (2): half the optimism less than the noise.
+
+    Args:
+        p: as for `expected_optimism`.
+        n: as for `expected_optimism`.
+        sigma: as for `expected_optimism`.
+
+    Returns:
+        the error, in squared units of y.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
     return sigma**2 - expected_optimism(p, n, sigma) / 2
 
 
 def expected_test_error(p: int, n: int, sigma: float) -> float:
-    """The expected mean squared error on new data, eq. (2); arguments as for `expected_optimism`."""
+    """The expected mean squared error on new data, eq. (2): half the optimism more than the noise.
+
+    Args:
+        p: as for `expected_optimism`.
+        n: as for `expected_optimism`.
+        sigma: as for `expected_optimism`.
+
+    Returns:
+        the error, in squared units of y.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
     return sigma**2 + expected_optimism(p, n, sigma) / 2
 
 
