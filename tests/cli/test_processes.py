@@ -137,11 +137,24 @@ def test_exit_codes(installed: Path, arguments: list[str], code: int) -> None:
 # Signals
 
 
-def test_ctrl_c_leaves_nothing(installed: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlreviews", "reproduce", "slow-fake"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    """Starts the command, which hears Ctrl-C also where the tests themselves run in the background and don't."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlreviews", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_for(lambda: list(Path().glob("started-*")))
+
+
+def started() -> list[int]:
+    """The processes of the slow experiments that have begun."""
+    return [int(file.name.partition("-")[2]) for file in Path().glob("started-*")]
+
+
+def test_ctrl_c_leaves_nothing(installed: Path) -> None:
+    process = start("reproduce", "slow-fake")
+    wait_for(lambda: started() == [process.pid])
     assert list(Path("results").iterdir())  # the lock
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
@@ -151,29 +164,20 @@ def test_ctrl_c_leaves_nothing(installed: Path) -> None:
 
 
 def test_ctrl_c_stops_all_processes(installed: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlreviews", "reproduce", "slow-fake", "slow-too-fake", "--jobs", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    wait_for(lambda: len(list(Path().glob("started-*"))) == 2)
-    children = [int(file.name.partition("-")[2]) for file in Path().glob("started-*")]
+    process = start("reproduce", "slow-fake", "slow-too-fake", "--jobs", "2")
+    wait_for(lambda: len(started()) == 2)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
     assert process.returncode == 130
     assert (stdout, b"Traceback" in stderr) == (b"", False)
-    assert not any(map(alive, children))
+    assert not any(map(alive, started()))
     assert list(Path("results").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_processes_end_when_the_one_that_started_them_is_killed(installed: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlreviews", "reproduce", "slow-fake", "good-fake", "--jobs", "2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for(lambda: list(Path().glob("started-*")))
-    (child,) = [int(file.name.partition("-")[2]) for file in Path().glob("started-*")]
+    process = start("reproduce", "slow-fake", "slow-too-fake", "--jobs", "2")
+    wait_for(lambda: len(started()) == 2)
     process.kill()
-    process.wait()
-    wait_for(lambda: not alive(child))
+    process.communicate()
+    wait_for(lambda: not any(map(alive, started())))

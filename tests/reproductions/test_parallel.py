@@ -51,14 +51,14 @@ def test_processes_fail_each_for_itself(portable: Callable[..., list[Technique]]
     assert not (tmp_path / ".good-fake.tmp").exists()
 
 
+@pytest.mark.slow
 def test_closing_stops_what_is_still_running(
     portable: Callable[..., list[Technique]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process ends when it is asked to. The other doesn't listen, and is killed."""
     monkeypatch.setattr(runner, "_SECONDS_TO_STOP", 2.0)
     deaf, listening = portable("slow-fake", "slow-too-fake")
-    deaf.reproduction  # noqa: B018
-    path = Path(os.fspath(tmp_path)) / "source" / "mlreviews" / "reproductions" / "fakes" / "slow_fake.py"
+    path = deaf.reproduction_file
     path.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + path.read_text())
     out = tmp_path / "out"
     results = reproduce_many([*portable("failing-fake"), deaf, listening], Settings(), out, jobs=3)
