@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +30,8 @@ def bench(
     key = name.removesuffix(".py").removeprefix("bench_")
     if key not in scripts:
         raise CommandError(f"no benchmark is called {name!r}{catalogue.nearest(key, scripts)}", usage=True)
+    import subprocess
+
     code = subprocess.run([sys.executable, scripts[key], *(arguments or [])], check=False).returncode
     raise typer.Exit(code if code >= 0 else 128 - code)  # a signal's number, as shells count
 
@@ -46,5 +46,7 @@ def _scripts() -> dict[str, Path]:
 
 
 def _summary(script: Path) -> str:
+    import ast
+
     docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 from typing import Annotated
 
@@ -49,6 +47,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def _version(package: str) -> str | None:
+    import importlib.metadata  # slow, and imported at the start of every command if it stood above
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
