@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -388,6 +389,9 @@ class TestAnyFit:
         parts = bias_variance_decompose(
             fit, fixed_design(x, plane, sigma), x, plane, sigma=sigma, n_rep=reps, generator=_rng()
         )
+        assert not parts.mse.requires_grad  # although the model's weights do
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            parts.mse = parts.bias2
         means = parts.means()
         assert set(means) == {"bias2", "variance", "noise", "mse", "train_mse"}
         assert all(value.shape == () and value.dtype == torch.float64 for value in means.values())
@@ -406,6 +410,8 @@ class TestAnyFit:
         one = bias_variance_on_data(alone, pool, x, y, n_rep=5, generator=_rng())
         two = bias_variance_on_data(polynomial_curve([4, 2], DOMAIN), pool, x, y, n_rep=5, generator=_rng())
         assert one != two
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            one.mse = two.mse
         assert one.mse.shape == (N,)
         assert two.mse.shape == (N, 2)
         for name in ("bias2_and_noise", "variance", "mse", "train_mse"):
