@@ -124,7 +124,7 @@ def nested_solutions(
     as columns come and factored by Cholesky where that is accurate enough (see above). Elsewhere, which is near N = n,
     the triangle $T$ of $\Phi_N^\top = Q T$ is updated by a QR of itself stacked on the new columns. Where the rank is
     numerically deficient the SVD of the triangle takes over, with the rule of `min_norm_solve`.
-    At most n columns are held at a time.
+    At most 2n columns are held at a time.
 
     Args:
         features: the matrix, or a function from (start, stop) to its columns start:stop, which may be asked for again.
@@ -166,7 +166,8 @@ def _path(
     narrow = [width for width in widths if width <= len(y)]
     if narrow:
         yield from _along(_Narrow(columns(0, narrow[-1]), y), narrow, ridges, rcond, shape)
-    yield from _along(_Wide(columns, y), widths[len(narrow) :], ridges, rcond, shape)
+    if wide := widths[len(narrow) :]:
+        yield from _along(_Wide(columns, y), wide, ridges, rcond, shape)
 
 
 def _along(
@@ -217,6 +218,7 @@ class _Wide:
 
     def __init__(self, columns: Columns, y: Tensor) -> None:
         self.columns, self.y = columns, y
+        self.head = columns(0, len(y))  # kept, because near N = n it is almost everything, and needed often
         self.products = self.triangle = y.new_empty(0)
         self.width = self.factored = 0
 
@@ -265,7 +267,7 @@ class _Wide:
     def _blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         n = len(self.y)
         for first in range(start, stop, n):
-            yield self.columns(first, min(first + n, stop))
+            yield self.columns(first, min(first + n, stop)) if first else self.head
 
 
 def _checked(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,9 +278,14 @@ def _checked(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked_columns(features: Tensor | Columns, n: int) -> Columns:
+    known = 0
+
     def columns(start: int, stop: int) -> Tensor:
+        nonlocal known
         block = features[:, start:stop] if isinstance(features, Tensor) else features(start, stop)
-        check_matrix("features", block)
+        if stop > known:  # what has been looked at need not be looked at again
+            check_matrix("features", block)
+            known = stop
         if block.shape[1] != stop - start or len(block) < n:
             raise ValueError(
                 f"features: expected at least {n} rows and the columns {start}:{stop}, got shape {tuple(block.shape)}"
