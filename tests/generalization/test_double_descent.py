@@ -267,6 +267,9 @@ class TestSampleWiseCurve:
         train, test = _sample(9), _sample(5, seed=1)
         with pytest.raises(ValueError, match="sizes: expected at least 1, got 0"):
             sample_wise_curve(_fourier(), train, test, 3, [0, 2])
+        for sizes in ([], [3, 3]):
+            with pytest.raises(ValueError, match="sizes: expected strictly increasing"):
+                sample_wise_curve(_fourier(), train, test, 3, sizes)
         with pytest.raises(ValueError, match="sizes: expected at most the 9 points of train, got 10"):
             sample_wise_curve(_fourier(), train, test, 3, [2, 10])
         with pytest.raises(ValueError, match="widths: expected at least 1"):

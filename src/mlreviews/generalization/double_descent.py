@@ -270,17 +270,16 @@ def sample_wise_curve(
         train: the points of the largest set.
         test: points to predict.
         width: N.
-        sizes: the n, at most as many as there are points.
+        sizes: the n, strictly increasing, at most as many as there are points.
         ridge: as in `double_descent_curve`.
 
     Raises:
-        ValueError: as in `double_descent_curve`; sizes below 1 or above the number of points.
+        ValueError: as in `double_descent_curve`; sizes below 1, not increasing or above the number of points.
     """
     _check_samples(train=train, test=test)
-    for size in sizes:
-        check_count("sizes", size)
-    if max(sizes) > len(train.y):
-        raise ValueError(f"sizes: expected at most the {len(train.y)} points of train, got {max(sizes)}")
+    _check_increasing("sizes", sizes)
+    if sizes[-1] > len(train.y):
+        raise ValueError(f"sizes: expected at most the {len(train.y)} points of train, got {sizes[-1]}")
     parts = (Sample(train.x[:n], train.y[:n]) for n in sizes)
     curves = [double_descent_curve(features, part, test, [width], ridge=ridge) for part in parts]
     return RiskCurve(list(sizes), *(torch.cat(column) for column in list(zip(*curves, strict=True))[1:]))
