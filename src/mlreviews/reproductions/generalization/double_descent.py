@@ -64,7 +64,7 @@ def run(settings: Settings) -> Outcome:
 def _model_wise(settings: Settings) -> Found:
     """Digits over growing widths: wrong labels without and with a tuned ridge, and true labels."""
     widths = _widths()
-    fewer = sorted({*widths[2:24:3], *(round(f * N) for f in (0.98, 1, 1.02)), *widths[-21::4]})
+    fewer = sorted({*widths[2:24:3], *(round(f * N) for f in (0.98, 1, 1.02)), *widths[-19::6]})
     ridges = [1e-3, 1e-2, 1e-1, 1.0]
     noisy, true, tuned, limits = [], [], [], []
     for seed in settings.track(range(10 if settings.full else 5), "digits: curves over the width"):
@@ -241,7 +241,7 @@ def _sample_wise(settings: Settings) -> Found:
 
 def _gaussian(settings: Settings) -> Found:
     """Least squares on the first of 200 equally important Gaussian features, against the exact risk."""
-    n, sigma, repetitions = 40, 0.5, 20_000 if settings.full else 1000
+    n, sigma, repetitions = 40, 0.5, 20_000 if settings.full else 500
     beta = torch.full((200,), 200**-0.5, dtype=torch.float64)
     measured = [5, 10, 20, 30, 35, 46, 50, 60, 80, 120, 160, 200]
     generator = settings.generator(300)
@@ -327,7 +327,7 @@ def _monte_carlo(
 
 def _networks(settings: Settings) -> Found:
     """Two-layer networks of growing width on few digits, each started from the one before it below the threshold."""
-    n, epochs, seeds = (400, 6000, 5) if settings.full else (100, 500, 3)
+    n, epochs, seeds = (400, 6000, 5) if settings.full else (100, 300, 3)
     fractions = [0.1, 0.25, 0.5, 0.7, 0.98, 1.5, 3, 10]
     hidden = [max(1, round((f * 10 * n - 10) / 75)) for f in fractions]  # 75 H + 10 parameters against 10 n targets
     curves = []
@@ -370,7 +370,7 @@ def _networks(settings: Settings) -> Found:
 
 def _epoch_wise(settings: Settings) -> Found:
     """One wide network on digits with a fifth of the labels wrong, over training time."""
-    n, units, longest, seeds = (1000, 1000, 30_000, 5) if settings.full else (200, 300, 1500, 3)
+    n, units, longest, seeds = (1000, 1000, 30_000, 5) if settings.full else (200, 300, 1000, 3)
     epochs = sorted({round(longest ** (i / 40)) for i in range(41)})
     curves = []
     for seed in settings.track(range(seeds), "a network over training time"):
@@ -414,9 +414,8 @@ def _threads(settings: Settings) -> Iterator[None]:
 
 def _widths() -> list[int]:
     """60 widths from n / 100 to 10 n, dense around n."""
-    near = (0.93, 0.96, 0.98, 0.99, 0.995, 0.998)
-    around = [round(N * f) for f in (*near, 1, *(2 - f for f in reversed(near)))]
-    below = [round(10 * 90 ** (i / 23)) for i in range(24)]
+    around = [round(N * f) for f in (0.93, 0.96, 0.98, 0.99, 0.995, 0.998, 1, 1.002, 1.01, 1.02, 1.05)]
+    below = [round(10 * 90 ** (i / 25)) for i in range(26)]
     above = [round(1.1 * N * (WIDEST / (1.1 * N)) ** (i / 22)) for i in range(23)]
     return [*below, *around, *above]
 
