@@ -63,6 +63,7 @@ docs: $(VENV)/dev.stamp
 
 records: $(VENV)/dev.stamp
 	$(BIN)/mlreviews reproduce --all --out src/mlreviews/reproductions/records
+	cp src/mlreviews/reproductions/records/double-descent.svg docs/assets/
 	rm -f src/mlreviews/reproductions/records/*.svg src/mlreviews/reproductions/records/*.png
 
 constraints: $(VENV)/dev.stamp
