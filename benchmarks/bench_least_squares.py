@@ -83,18 +83,23 @@ def _widths(n: int, widest: int) -> list[int]:
     return sorted(around | below | above)
 
 
+def _candidates(n: int, widths: list[int]) -> list[Candidate]:
+    prepare = partial(problem, n, widths)
+    return [
+        Candidate("gelsd", from_scratch, (gelsd,), prepare),
+        Candidate("pinv", from_scratch, (pinv,), prepare),
+        Candidate("path", along_the_widths, (), prepare),
+    ]
+
+
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     use_threads(arguments.threads)
     n, widest = (200, 2000) if arguments.quick else (1000, 10_000)
     widths = _widths(n, widest)
-    prepare = partial(problem, n, widths)
-    candidates = [
-        Candidate("gelsd", from_scratch, (gelsd,), prepare),
-        Candidate("pinv", from_scratch, (pinv,), prepare),
-        Candidate("path", along_the_widths, (), prepare),
-    ]
-    measurements = measure(candidates, rounds=arguments.rounds or 3)
+    if not arguments.quick:  # one call takes minutes, so the small problem warms up
+        measure(_candidates(200, _widths(200, 2000)), rounds=1, warm_up=0, memory=False)
+    measurements = measure(_candidates(n, widths), rounds=arguments.rounds or 3, warm_up=int(arguments.quick))
     truth = measurements[0].result
     for m in measurements:
         m.notes["Δ test"], m.notes["Δ norm"] = (m.result[:, 1:] / truth[:, 1:] - 1).abs().amax(0).tolist()

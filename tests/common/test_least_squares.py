@@ -253,6 +253,16 @@ class TestNestedSolutions:
             assert (one.norm, one.method) == (other.norm, other.method)
         assert max(asked) == N
 
+    def test_rounding_of_the_features_may_depend_on_the_range(self) -> None:
+        phi, y = _cosines(3 * N, 4.0), _random(N, 2, seed=5)
+
+        def columns(start: int, stop: int) -> Tensor:
+            return phi[:, start:stop] + 1e-5 * _random(N, stop - start, seed=1000 * start + stop)
+
+        for point in nested_solutions(columns, y, [N + 1, N + 2, N + 3, 2 * N, 3 * N]):
+            assert point.method == "qr-update"
+            assert torch.linalg.norm(point.predictions - y) < 1e-8
+
     @pytest.mark.parametrize("widths", [[3], [N], [5 * N + 1], [2, 3 * N], [N + 1, N + 2, 4 * N]])
     def test_any_list_of_widths_gives_the_same_solutions(self, widths: list[int]) -> None:
         phi, y = _random(N, WIDTHS[-1]), _random(N, seed=5)

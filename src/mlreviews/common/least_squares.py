@@ -127,8 +127,8 @@ def nested_solutions(
     At most 2n columns are held at a time.
 
     Args:
-        features: the matrix, or a function from (start, stop) to its columns start:stop, which may be asked for again.
-            The first n rows are fitted to the targets; the predictions are for all rows.
+        features: the matrix, or a function from (start, stop) to its columns start:stop, which may be asked for the
+            same range again. The first n rows are fitted to the targets; the predictions are for all rows.
         targets: $y$, one or several columns.
         widths: the N, strictly increasing.
         ridges: the penalties $\lambda$ to solve each width for; 0 is the minimum-norm solution.
@@ -220,14 +220,17 @@ class _Wide:
         self.columns, self.y = columns, y
         self.head = columns(0, len(y))  # kept, because near N = n it is almost everything, and needed often
         self.products = self.triangle = y.new_empty(0)
-        self.width = self.factored = 0
+        # Columns are always asked for in these ranges: how they are rounded may depend on the range.
+        self.ranges: list[tuple[int, int]] = []
+        self.factored = 0  # so many ranges are in the triangle
 
     def grow(self, width: int) -> None:
         n = len(self.y)
-        for block in self._blocks(self.width, width):
+        for first in range(self.ranges[-1][1] if self.ranges else 0, width, n):
+            self.ranges.append((first, min(first + n, width)))
+            block = self._block(-1)
             product = block @ block[:n].T
-            self.products = self.products.add_(product) if self.width else product
-            self.width += block.shape[1]
+            self.products = self.products.add_(product) if first else product
 
     def solve(self, ridge: float, cut: float) -> tuple[Tensor, float, str]:
         gram = self.products[: len(self.y)]
@@ -253,21 +256,19 @@ class _Wide:
         The products that `grow` sums up would be quicker but hide the residual that rounding errors of Phi' c leave at
         the training points. Seen, it is removed by one correction (to rounding level as long as kappa < 1e9).
         """
-        parts = [block @ sum(block[: len(c)].T @ c for c in duals) for block in self._blocks(0, self.width)]
-        return torch.stack(parts).sum(0)
+        blocks = map(self._block, range(len(self.ranges)))
+        return torch.stack([block @ sum(block[: len(c)].T @ c for c in duals) for block in blocks]).sum(0)
 
     def _current_triangle(self) -> Tensor:
-        n = len(self.y)
-        for block in self._blocks(self.factored, self.width):
-            rows = torch.cat([self.triangle, block[:n].T]) if self.factored else block[:n].T
-            self.triangle = torch.linalg.qr(rows, mode="r").R
-            self.factored += block.shape[1]
+        for i in range(self.factored, len(self.ranges)):
+            rows = self._block(i)[: len(self.y)].T
+            self.triangle = torch.linalg.qr(torch.cat([self.triangle, rows]) if i else rows, mode="r").R
+        self.factored = len(self.ranges)
         return self.triangle
 
-    def _blocks(self, start: int, stop: int) -> Iterator[Tensor]:
-        n = len(self.y)
-        for first in range(start, stop, n):
-            yield self.columns(first, min(first + n, stop)) if first else self.head
+    def _block(self, i: int) -> Tensor:
+        start, stop = self.ranges[i]
+        return self.columns(start, stop) if start else self.head
 
 
 def _checked(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
