@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mlreviews import catalogue
-from mlreviews.cli import app
+from mlreviews.cli.commands import app
 
 SCRIPT = '''"""Time of a scan.
 

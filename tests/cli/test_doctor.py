@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from mlreviews.cli import app, doctor
+from mlreviews.cli import doctor
+from mlreviews.cli.commands import app
 from mlreviews_kernels import backends
 from mlreviews_kernels.backends import Core
 

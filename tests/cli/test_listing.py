@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 
 from mlreviews import catalogue
 from mlreviews.catalogue import KINDS, Technique
-from mlreviews.cli import app, listing
+from mlreviews.cli import listing
+from mlreviews.cli.commands import app
 from mlreviews.reproductions.protocol import Outcome, Record, measure
 
 Fakes = dict[str, Technique]

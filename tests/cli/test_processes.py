@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,30 @@ def test_commands_about_files_load_no_torch(arguments: list[str]) -> None:
     assert not loaded & {"torch", "numpy", "matplotlib", "mlreviews.reproductions.runner"}
     areas = {name for name in loaded if name.count(".") == 1 and name.startswith("mlreviews.")}
     assert areas <= {"mlreviews.catalogue", "mlreviews.cli", "mlreviews.reproductions"}
+
+
+def test_a_list_is_quick_as_it_loads_no_typer() -> None:
+    loaded = loaded_after(
+        "import sys; sys.argv = ['mlreviews', 'list', 'lora']\nfrom mlreviews.cli import main\nmain()"
+    )
+    assert "mlreviews.catalogue" in loaded
+    assert not loaded & {"typer", "pydantic", "rich"}
+
+
+@pytest.mark.parametrize("words", ["", "fake", "GOOD fake", "no such words"])
+def test_with_and_without_typer_it_is_the_same_list(installed: Path, words: str) -> None:
+    quick = python("-m", "mlreviews", "list", *words.split())
+    other = python("-m", "mlreviews", "list", "--", *words.split())
+    assert (quick.stdout, quick.stderr, quick.returncode) == (other.stdout, other.stderr, 0)
+    assert quick.stdout or words == "no such words"
+
+
+@pytest.mark.parametrize("options", [[], ["--"]])
+def test_a_broken_catalogue_is_one_line(installed: Path, options: list[str]) -> None:
+    (installed / "mlreviews" / "catalogue" / "peft.toml").write_text("[[")
+    result = python("-m", "mlreviews", "list", *options)
+    assert (result.stdout, result.returncode) == ("", 1)
+    assert re.fullmatch(r"Error: peft\.toml: not valid TOML: .*\n", result.stderr)
 
 
 def test_version_in_both_ways_to_run() -> None:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mlreviews.catalogue import Technique
-from mlreviews.cli import app
+from mlreviews.cli.commands import app
 from mlreviews.reproductions import runner
 from mlreviews.reproductions.protocol import Outcome, Record, Settings, measure
 

@@ -1,7 +1,7 @@
 """The command line: ``mlreviews list | show | reproduce | bench | doctor``.
 
 Each command is a module of this package. What is slow to import (torch, matplotlib) is imported by the commands that
-need it, when they run.
+need it, when they run. That goes for typer too, which takes longer to load than the whole catalogue to list.
 """
 
 from __future__ import annotations
@@ -10,55 +10,8 @@ import errno
 import io
 import os
 import sys
-from typing import Annotated, Any
 
-import typer
-
-import mlreviews
-from mlreviews.catalogue import CatalogueError, UnknownTechniqueError
-from mlreviews.catalogue.card import CardError
-from mlreviews.cli import bench, doctor, listing, reproduce
-from mlreviews.cli.output import CommandError, error, show_tracebacks
-
-__all__ = ["app", "main"]
-
-
-class _Commands(typer.core.TyperGroup):
-    """Turns the errors that are expected into one line and an exit code; ``--debug`` adds the traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (CatalogueError, CardError, UnknownTechniqueError, CommandError) as problem:
-            error(str(problem), problem)
-            usage = isinstance(problem, UnknownTechniqueError) or getattr(problem, "usage", False)
-            raise typer.Exit(2 if usage else 1) from None
-
-
-app = typer.Typer(cls=_Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command("list")(listing.list_techniques)
-app.command("show")(listing.show)
-app.command("reproduce")(reproduce.reproduce)
-app.command("bench", context_settings={"ignore_unknown_options": True})(bench.bench)
-app.command("doctor")(doctor.doctor)
-
-
-def _print_version(asked: bool) -> bool:
-    if asked:
-        print(f"mlreviews {mlreviews.__version__}")
-        raise typer.Exit
-    return asked
-
-
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Every technique of a long series of paper reviews: what it is, and whether its claims hold."""
-    show_tracebacks(debug)
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -68,12 +21,32 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that has no ≥ gets a question mark
     try:
         try:
-            app()
+            _run(sys.argv[1:])
         finally:
             sys.stdout.flush()
     except OSError as problem:
+        from mlreviews.cli.output import error
+
         # What is still buffered would be tried again, and complained about, when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if problem.errno != errno.EPIPE:  # a reader that has gone away (``| head``) needs no message
             error(f"{problem.filename or 'the output'}: {problem.strerror}", problem)
         sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
+    """Runs a command; a list without options, which is asked for most, without typer."""
+    if arguments[:1] == ["list"] and not any(argument.startswith("-") for argument in arguments):
+        from mlreviews.catalogue import CatalogueError
+        from mlreviews.cli.output import error
+        from mlreviews.cli.overview import print_techniques
+
+        try:
+            print_techniques(arguments[1:])
+        except CatalogueError as problem:
+            error(str(problem))
+            sys.exit(1)
+    else:
+        from mlreviews.cli.commands import app
+
+        app()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections import Counter
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,16 +11,8 @@ import typer
 
 from mlreviews import catalogue
 from mlreviews.catalogue import Technique
-from mlreviews.cli.output import (
-    CommandError,
-    claims_table,
-    console,
-    note,
-    path_text,
-    print_columns,
-    print_json,
-    provenance,
-)
+from mlreviews.cli.output import claims_table, console, note, path_text, print_json, provenance
+from mlreviews.cli.overview import Kind, Status, facts, print_techniques
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,26 +20,7 @@ if TYPE_CHECKING:
     from mlreviews.catalogue.card import Card, PublicName
     from mlreviews.reproductions.protocol import Record
 
-__all__ = ["Kind", "Status", "complete_slug", "list_techniques", "show"]
-
-
-class Kind(StrEnum):
-    """What a technique is."""
-
-    ALGORITHM = "algorithm"
-    PROCEDURE = "procedure"
-    PHENOMENON = "phenomenon"
-
-
-class Status(StrEnum):
-    """How far a technique has come."""
-
-    PLANNED = "planned"
-    IMPLEMENTED = "implemented"
-    REPRODUCED = "reproduced"
-
-
-_STYLES = {Status.PLANNED: "dim", Status.IMPLEMENTED: "", Status.REPRODUCED: "green"}
+__all__ = ["complete_slug", "list_techniques", "show"]
 
 
 def complete_slug(incomplete: str) -> list[str]:
@@ -67,65 +38,7 @@ def list_techniques(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the techniques of the catalogue."""
-    areas = catalogue.areas()
-    if area is not None and area not in areas:
-        raise CommandError(f"no area is called {area!r}{catalogue.nearest(area, areas)}", usage=True)
-    found = [
-        technique
-        for technique in catalogue.techniques().values()
-        if area in (None, technique.area)
-        and kind in (None, technique.kind)
-        and status in (None, technique.status, *([Status.IMPLEMENTED] if technique.implemented else []))
-        and all(_mentions(technique, word) for word in words or [])
-    ]
-    if as_json:
-        print_json([_facts(technique) for technique in found])
-    elif found:
-        _print_list(found)
-    else:
-        note("no technique of the catalogue matches")
-
-
-def _mentions(technique: Technique, word: str) -> bool:
-    text = "\n".join((technique.slug, technique.short, technique.title, technique.arxiv))
-    return word.lower() in text.lower()
-
-
-def _print_list(found: list[Technique]) -> None:
-    screen = console()
-    columns = {
-        "technique": [t.slug for t in found],
-        "area": [t.area for t in found],
-        "kind": [t.kind for t in found],
-        "status": [t.status for t in found],
-        "arXiv": [t.arxiv for t in found],
-        "name": [t.short for t in found],
-    }
-    groups: list[str] = []
-    if screen.is_terminal:
-        groups = columns.pop("area")
-        if screen.width < 100:
-            del columns["kind"]
-    styles = [_STYLES[Status(t.status)] for t in found]
-    print_columns(list(columns), list(zip(*columns.values(), strict=True)), styles, groups)
-    if screen.is_terminal:
-        count = Counter(t.status for t in found)
-        screen.print(f"{len(found)} techniques: " + ", ".join(f"{count[s]} {s.value}" for s in Status))
-
-
-def _facts(technique: Technique) -> dict[str, object]:
-    return {
-        "slug": technique.slug,
-        "area": technique.area,
-        "short": technique.short,
-        "title": technique.title,
-        "kind": technique.kind,
-        "arxiv": technique.arxiv,
-        "reviewed": technique.reviewed,
-        "status": technique.status,
-        "tested": technique.tested,
-        "kernels": list(technique.kernels),
-    }
+    print_techniques(words or [], area, kind, status, as_json=as_json)
 
 
 def show(
@@ -153,7 +66,7 @@ def show(
         return
     print_json(
         {
-            **_facts(technique),
+            **facts(technique),
             "files": {name: str(path) for name, path in _files(technique, record_file).items()},
             "import": technique.module if technique.implemented else None,
             "card": card

@@ -27,6 +27,7 @@ __all__ = [
     "print_json",
     "provenance",
     "show_tracebacks",
+    "terminal",
 ]
 
 _tracebacks = False  # an option of the whole command, which every part of it would have to hand on
@@ -51,6 +52,14 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def terminal() -> Console | None:
+    """Where to print, if that is a terminal; None for a pipe or a file, which need not wait for rich to load."""
+    if not (sys.stdout.isatty() or {"FORCE_COLOR", "TTY_COMPATIBLE"} & os.environ.keys()):
+        return None
+    screen = console()
+    return screen if screen.is_terminal else None
 
 
 def show_tracebacks(wanted: bool) -> None:
@@ -92,21 +101,23 @@ def print_columns(
         styles: how each row looks on a terminal.
         groups: the group of each row; its name is printed where a new one begins.
     """
-    from rich.text import Text
-
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
-    lines = [Text(line(headers), "bold")]
+    lines = [(line(headers), "bold")]
     for i, (row, style) in enumerate(zip(rows, styles, strict=True)):
         if groups and (i == 0 or groups[i] != groups[i - 1]):
-            lines.append(Text(groups[i], "bold cyan"))
-        lines.append(Text(line(row), style))
-    screen = console()
-    cut = screen.is_terminal
-    screen.print(Text("\n").join(lines), no_wrap=True, overflow="ellipsis" if cut else "ignore", crop=cut)
+            lines.append((groups[i], "bold cyan"))
+        lines.append((line(row), style))
+    screen = terminal()
+    if screen is None:
+        print(*(text for text, _ in lines), sep="\n")
+        return
+    from rich.text import Text
+
+    screen.print(Text("\n").join(Text(text, style) for text, style in lines), no_wrap=True, overflow="ellipsis")
 
 
 def claims_table(record: Record) -> Table:
