@@ -24,7 +24,18 @@ from types import MappingProxyType
 
 import torch
 
-__all__ = ["BACKENDS", "BackendError", "Choice", "Core", "compiler", "cores", "select", "triton_problem", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Choice",
+    "Core",
+    "compiler",
+    "compiler_command",
+    "cores",
+    "select",
+    "triton_problem",
+    "use_backend",
+]
 
 BACKENDS = ("reference", "cpu", "triton")
 VARIABLE = "MLREVIEWS_BACKEND"
@@ -182,6 +193,14 @@ def _triton_import_problem() -> str | None:
 def compiler() -> str | None:
     """The C++ compiler that ``CXX`` names, else the first of c++, g++ and clang++ on the path; None if none is."""
     return _compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
+
+
+def compiler_command() -> list[str] | None:
+    """How to call the compiler: `compiler` with the launcher and the flags that ``CXX`` has around it."""
+    found = compiler()
+    if found is None:
+        return None
+    return shlex.split(os.environ.get("CXX", "")) or [found]
 
 
 @cache

@@ -1,0 +1,180 @@
+r"""First-order linear recurrences: $h_t = a_t h_{t-1} + b_t$, and the same for positive numbers in log space.
+
+Any length, any sign, any cut with the state carried over. See ``README.md`` for the derivation of the backward.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
+from mlreviews_kernels.backends import Core
+from mlreviews_kernels.linear_scan import reference
+from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
+
+__all__ = ["linear_scan", "linear_scan_step", "log_linear_scan"]
+
+CORE = Core.read(Path(__file__).parent)
+
+
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All states of ``h_t = a_t * h_{t-1} + b_t``, element by element.
+
+    Args:
+        a: ``[batch, time, ...]``, the factors: any sign, zeros included.
+        b: the inputs, of a's shape and dtype.
+        initial_state: ``[batch, ...]``, h before the first step (after the last one with ``reverse``); zeros if None.
+            Packed: ``[sequences, ...]``.
+        reverse: run from the last time to the first: ``h_t = a_t * h_{t+1} + b_t``.
+        cu_seqlens: ``[sequences + 1]``, int32 or int64: where packed sequences begin and end in the one row (batch 1).
+            Its numbers are checked on the CPU only: a GPU would have to be waited for.
+
+    Returns:
+        ``h`` of a's shape and dtype, and the final state ``[batch or sequences, ...]``, float32 for half-precision
+        inputs. Gradients flow through both.
+
+    Raises:
+        ValueError: shapes or devices don't go together.
+        TypeError: a dtype is none of float32, float64, bfloat16, float16, or they differ.
+        BackendError: the backend asked for by name can't be used.
+    """
+    return _call(torch.ops.mlreviews.linear_scan, ("a", "b"), a, b, initial_state, 0.0, reverse, cu_seqlens)
+
+
+def log_linear_scan(
+    log_a: Tensor,
+    log_b: Tensor,
+    log_initial_state: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_scan` of positive numbers given by their logarithms: neither overflow nor cancellation.
+
+    Args:
+        log_a: ``[batch, time, ...]``; -inf for a factor 0.
+        log_b: of log_a's shape and dtype; -inf for an input 0.
+        log_initial_state: ``[batch, ...]``; all -inf, an empty state, if None.
+        reverse: as in `linear_scan`.
+        cu_seqlens: as in `linear_scan`.
+
+    Returns:
+        ``log h`` and the logarithm of the final state; dtypes and errors as in `linear_scan`.
+    """
+    names = ("log_a", "log_b")
+    op = torch.ops.mlreviews.log_linear_scan
+    return _call(op, names, log_a, log_b, log_initial_state, float("-inf"), reverse, cu_seqlens)
+
+
+def linear_scan_step(a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One step, for decoding: ``(h, state)`` from ``a, b [batch, ...]`` and the state before.
+
+    Args:
+        a: the factor.
+        b: the input.
+        state: of the last step, or the final state of `linear_scan`.
+
+    Returns:
+        ``h`` in b's dtype and the new state in the old one's.
+    """
+    check_shape("b", b, tuple(a.shape), "[batch, ...]")
+    check_shape("state", state, tuple(a.shape), "[batch, ...]")
+    state = torch.addcmul(b.to(state.dtype), a.to(state.dtype), state)
+    return state.to(b.dtype), state
+
+
+def _call(
+    op: torch._ops.OpOverloadPacket,
+    names: tuple[str, str],
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    empty: float,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Checks the arguments, lays the sequences out one after another, and puts the axes back."""
+    check_floating(names[0], a)
+    if a.ndim < 2:
+        raise ValueError(f"{names[0]}: expected [batch, time, ...], got {tuple(a.shape)}")
+    check_shape(names[1], b, tuple(a.shape), f"{names[0]}'s shape")
+    check_same(names[1], b, a)
+    batch, time, *rest = a.shape
+    offsets = offsets_of(batch, time, cu_seqlens, a.device)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        initial_state = a.new_full((sequences, *rest), empty, dtype=dtype)
+    check_shape("initial_state", initial_state, (sequences, *rest), "[sequences, ...]")
+    check_same("initial_state", initial_state, a, dtype=False)
+    channels = initial_state[0].numel() if sequences else 1
+    flat = (batch * time, channels)
+    h, final, _ = op(
+        a.reshape(flat), b.reshape(flat), initial_state.to(dtype).reshape(sequences, channels), offsets, reverse
+    )
+    return h.reshape(a.shape), final.reshape(initial_state.shape)
+
+
+def _register(name: str) -> None:
+    """Registers an op and its backward, on tokens ``[tokens, channels]`` and states ``[sequences, channels]``.
+
+    Each backend's module has both as ``<name>`` and ``<name>_backward``; the reference's backward is autograd's.
+    """
+    function = getattr(reference, name)
+
+    @torch.library.custom_op(f"mlreviews::{name}", mutates_args=())
+    def forward(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        backend, choice = chosen(CORE, a.device)
+        run = getattr(implementation(CORE, backend), name)
+        return *run(a, b, initial, offsets, reverse), choice
+
+    @torch.library.custom_op(f"mlreviews::{name}_backward", mutates_args=())
+    def backward(
+        grad_h: Tensor,
+        grad_final: Tensor,
+        a: Tensor,
+        b: Tensor,
+        h: Tensor,
+        initial: Tensor,
+        offsets: Tensor,
+        choice: Tensor,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if backend_of(choice) == "reference":
+            return gradients(lambda *x: function(*x, offsets, reverse), (a, b, initial), (grad_h, grad_final))
+        run = getattr(implementation(CORE, backend_of(choice)), f"{name}_backward")
+        return run(grad_h, grad_final, a, b, h, initial, offsets, reverse)
+
+    @forward.register_fake
+    def _(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(b), torch.empty_like(initial), empty_choice()
+
+    @backward.register_fake
+    def _(
+        grad_h: Tensor, grad_final: Tensor, a: Tensor, b: Tensor, h: Tensor, initial: Tensor, *rest: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(a), torch.empty_like(b), torch.empty_like(initial)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        a, b, initial, offsets, ctx.reverse = inputs
+        ctx.save_for_backward(a, b, output[0], initial, offsets, output[2])
+
+    def differentiate(ctx: Any, grad_h: Tensor, grad_final: Tensor, _: object) -> tuple[Tensor | None, ...]:
+        return *backward(grad_h, grad_final, *ctx.saved_tensors, ctx.reverse), None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
+
+
+_register("linear_scan")
+_register("log_linear_scan")

@@ -1,0 +1,51 @@
+"""The equations of `linear_scan` and `log_linear_scan`, one step at a time; autograd gives the backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlreviews_kernels.arguments import check_offsets
+
+
+def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """h_t = a_t h_{t-1} + b_t over tokens ``[tokens, channels]``; states ``[sequences, channels]``."""
+    outputs, finals = [], []
+    bounds = check_offsets(offsets, a.shape[0])
+    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        h = initial[i]
+        states = []
+        for t in reversed(range(start, stop)) if reverse else range(start, stop):
+            h = a[t].to(h.dtype) * h + b[t].to(h.dtype)
+            states.append(h)
+        outputs += reversed(states) if reverse else states
+        finals.append(h)
+    return _stack(outputs, b), torch.stack(finals)
+
+
+def log_linear_scan(
+    log_a: Tensor, log_b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """log h_t = log(a_t h_{t-1} + b_t) from the logarithms of all that is positive."""
+    outputs, finals = [], []
+    bounds = check_offsets(offsets, log_a.shape[0])
+    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        log_h = initial[i]
+        states = []
+        for t in reversed(range(start, stop)) if reverse else range(start, stop):
+            log_h = _logaddexp(log_a[t].to(log_h.dtype) + log_h, log_b[t].to(log_h.dtype))
+            states.append(log_h)
+        outputs += reversed(states) if reverse else states
+        finals.append(log_h)
+    return _stack(outputs, log_b), torch.stack(finals)
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """As `torch.logaddexp`, with gradient 0 where both are -inf (PyTorch's is NaN there)."""
+    nothing = torch.isneginf(x) & torch.isneginf(y)
+    found = torch.logaddexp(x.masked_fill(nothing, 0.0), y.masked_fill(nothing, 0.0))
+    return found.masked_fill(nothing, float("-inf"))
+
+
+def _stack(states: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(states).to(like.dtype) if states else like.clone()
