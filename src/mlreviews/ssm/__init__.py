@@ -1,0 +1,3 @@
+"""Area ssm: state-space models and linear recurrences, what they compute and what they can't."""
+
+from mlreviews.ssm.ssm_state_tracking_limits import *
