@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,6 @@ def check_offsets(offsets: Tensor, tokens: int) -> list[int]:
         ValueError: they don't rise from 0 to the number of tokens.
     """
     found: list[int] = offsets.tolist()
-    if found[0] != 0 or found[-1] != tokens or any(a > b for a, b in zip(found, found[1:], strict=False)):
+    if found[0] != 0 or found[-1] != tokens or any(a > b for a, b in pairwise(found)):
         raise ValueError(f"cu_seqlens: expected numbers that rise from 0 to the time length {tokens}, got {found[:9]}")
     return found

@@ -50,7 +50,7 @@ def gradients(
         inputs: its arguments.
         grads: one for each output.
     """
-    outputs, pullback = torch.func.vjp(function, *inputs)
+    outputs, pullback = torch.func.vjp(function, *inputs)[:2]
     cotangents = tuple(grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True))
     # a gradient may be another one itself (of a sum, say); what an op returns may not share memory
     return tuple(grad.clone() for grad in pullback(cotangents))

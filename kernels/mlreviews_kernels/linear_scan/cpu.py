@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -122,22 +123,16 @@ def _each(
     It gets the tokens, then the states, and returns tensors of tokens and, last, a state. Sequences of one length are
     one batch; others go one by one.
     """
-    lengths = {stop - start for start, stop in zip(bounds, bounds[1:], strict=False)}
+    lengths = {stop - start for start, stop in pairwise(bounds)}
     if len(lengths) == 1:
         shape = (len(bounds) - 1, lengths.pop(), -1)
         rows = [x.reshape(*shape[:2], x.shape[-1]) for x in tokens]
         *outputs, state = function(*(x.flip(1) if reverse else x for x in rows), *states)
         return *((x.flip(1) if reverse else x).reshape(tokens[0].shape) for x in outputs), state
-    found = [
-        _each(
-            function,
-            tuple(x[start:stop] for x in tokens),
-            tuple(x[i : i + 1] for x in states),
-            [0, stop - start],
-            reverse,
-        )
-        for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
-    ]
+    found = []
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        one = tuple(x[start:stop] for x in tokens), tuple(x[i : i + 1] for x in states)
+        found.append(_each(function, *one, [0, stop - start], reverse))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
@@ -163,11 +158,10 @@ def _chunked(
     h = torch.empty_like(b)
     chunks_a, chunks_b, chunks_h = (x[:, :whole].reshape(batch, -1, size, channels) for x in (a, b, h))
     decay = torch.empty_like(chunks_a)  # the product of the chunk's factors so far
-    for i in range(size if whole else 0):
-        decay[:, :, i] = multiply(chunks_a[:, :, i], decay[:, :, i - 1]) if i else chunks_a[:, :, 0]
-        chunks_h[:, :, i] = (
-            step(chunks_b[:, :, i], chunks_a[:, :, i], chunks_h[:, :, i - 1]) if i else chunks_b[:, :, 0]
-        )
+    decay[:, :, 0], chunks_h[:, :, 0] = chunks_a[:, :, 0], chunks_b[:, :, 0]
+    for i in range(1, size):
+        decay[:, :, i] = multiply(chunks_a[:, :, i], decay[:, :, i - 1])
+        chunks_h[:, :, i] = step(chunks_b[:, :, i], chunks_a[:, :, i], chunks_h[:, :, i - 1])
     state = initial
     for chunk in range(chunks_a.shape[1]):
         h[:, chunk * size : (chunk + 1) * size] = step(chunks_h[:, chunk], decay[:, chunk], state[:, None])

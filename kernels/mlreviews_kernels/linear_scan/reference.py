@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,10 @@ from mlreviews_kernels.arguments import check_offsets
 
 def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """h_t = a_t h_{t-1} + b_t over tokens ``[tokens, channels]``; states ``[sequences, channels]``."""
-    outputs, finals = [], []
+    outputs: list[Tensor] = []
+    finals: list[Tensor] = []
     bounds = check_offsets(offsets, a.shape[0])
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, stop) in enumerate(pairwise(bounds)):
         h = initial[i]
         states = []
         for t in reversed(range(start, stop)) if reverse else range(start, stop):
@@ -27,9 +30,10 @@ def log_linear_scan(
     log_a: Tensor, log_b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """log h_t = log(a_t h_{t-1} + b_t) from the logarithms of all that is positive."""
-    outputs, finals = [], []
+    outputs: list[Tensor] = []
+    finals: list[Tensor] = []
     bounds = check_offsets(offsets, log_a.shape[0])
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, stop) in enumerate(pairwise(bounds)):
         log_h = initial[i]
         states = []
         for t in reversed(range(start, stop)) if reverse else range(start, stop):
