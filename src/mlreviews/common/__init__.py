@@ -1,1 +1,1 @@
-"""What several areas share: checks of arguments, and least squares."""
+"""What several areas share: checks of arguments, pieces of layers, and least squares."""
