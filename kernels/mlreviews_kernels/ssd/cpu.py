@@ -1,0 +1,190 @@
+"""The CPU path of `ssd`: chunk by chunk, all heads at once, in matrix products.
+
+Within a chunk that begins with the state S, with c the running sum of log_a, L_ij = exp(c_i - c_j) for i >= j,
+e_i = exp(c_i), f_j = exp(c_end - c_j) and M = L o (C B^T):
+
+    Y = M X + e o (C S),    S' = e_end S + B^T (f o X)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlreviews_kernels.arguments import check_offsets
+from mlreviews_kernels.sequences import each
+
+
+def ssd(
+    x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, offsets: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """The op's forward; shapes as in `reference`."""
+    bounds = check_offsets(offsets, x.shape[0])
+    wide = tuple(tensor.to(initial.dtype) for tensor in (x, log_a, B, C))
+
+    def forward(*given: Tensor) -> tuple[Tensor, ...]:
+        return _forward(*given, chunk_size)
+
+    y, final = each(forward, wide, (initial,), bounds, outputs=1)
+    if D.shape[0]:
+        y = y.addcmul_(wide[0], D.to(y.dtype)[:, None])
+    return y.to(x.dtype), final
+
+
+def ssd_backward(
+    grad_y: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    log_a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of all inputs."""
+    wide = tuple(tensor.to(initial.dtype) for tensor in (grad_y, x, log_a, B, C))
+
+    def backward(*given: Tensor) -> tuple[Tensor, ...]:
+        return _backward(*given, chunk_size)
+
+    states = (grad_final.to(initial.dtype), initial)
+    *tokens, grad_initial = each(backward, wide, states, offsets.tolist(), outputs=4)
+    grad_D = torch.zeros_like(D)
+    if D.shape[0]:
+        grad_D = (wide[0] * wide[1]).sum((0, 2)).to(D.dtype)
+        tokens[0].addcmul_(wide[0], D.to(initial.dtype)[:, None])
+    inputs = (x, log_a, B, C)
+    found = (grad.to(tensor.dtype) for grad, tensor in zip(tokens, inputs, strict=True))
+    return *found, grad_D, grad_initial
+
+
+class _Decays(NamedTuple):
+    """Of one chunk: L ``[batch, heads, to, from]``, e and f ``[batch, time, heads]``, and e_end ``[batch, heads]``."""
+
+    between: Tensor
+    since_start: Tensor
+    to_end: Tensor
+    whole: Tensor
+
+
+def _decays(log_a: Tensor) -> _Decays:
+    """The decays of a chunk ``[batch, time, heads]``.
+
+    -inf would make differences of sums NaN: it counts as 0, and what a reset separates is masked. The sums are taken
+    in float64, since what is small behind a large decay would be lost from their differences otherwise.
+    """
+    dtype = log_a.dtype
+    resets = torch.isneginf(log_a)
+    total = torch.cumsum(log_a.masked_fill(resets, 0.0), 1, dtype=torch.float64)
+    count = resets.cumsum(1)
+    nothing = float("-inf")
+    rows, columns = total.mT[..., :, None], total.mT[..., None, :]
+    apart = (count.mT[..., :, None] != count.mT[..., None, :]) | torch.ones(
+        log_a.shape[1], log_a.shape[1], dtype=torch.bool, device=log_a.device
+    ).triu(1)
+    between = (rows - columns).to(dtype).masked_fill_(apart, nothing).exp_()
+    since_start = total.to(dtype).masked_fill(count > 0, nothing).exp_()
+    to_end = (total[:, -1:] - total).to(dtype).masked_fill_(count != count[:, -1:], nothing).exp_()
+    return _Decays(between, since_start, to_end, since_start[:, -1])
+
+
+def _by_group(tensor: Tensor, groups: int) -> Tensor:
+    """``[batch, time, heads, dim]`` as ``[batch, groups, heads of a group, time, dim]``."""
+    batch, time, heads, dim = tensor.shape
+    return tensor.reshape(batch, time, groups, heads // groups, dim).permute(0, 2, 3, 1, 4)
+
+
+def _by_token(tensor: Tensor) -> Tensor:
+    """The way back."""
+    return tensor.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _advance(x: Tensor, B: Tensor, state: Tensor, decays: _Decays) -> Tensor:
+    """S' from S ``[batch, groups, heads of a group, state, dim]``; x by group, B ``[batch, groups, time, state]``."""
+    whole = decays.whole.reshape(*state.shape[:3], 1, 1)
+    return torch.matmul(B.mT[:, :, None], x * _weights(decays.to_end, x)).addcmul_(whole, state)
+
+
+def _weights(weights: Tensor, like: Tensor) -> Tensor:
+    """``[batch, time, heads]`` for a product with tensors by group."""
+    return _by_group(weights[..., None], like.shape[1])
+
+
+def _forward(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    groups = B.shape[2]
+    state = initial.unflatten(1, (groups, -1))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start in range(0, x.shape[1], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        decays, xs = _decays(log_a[:, chunk]), _by_group(x[:, chunk], groups)
+        Bs, Cs = B[:, chunk].transpose(1, 2), C[:, chunk].transpose(1, 2)
+        scores = torch.matmul(Cs, Bs.mT)[:, :, None] * decays.between.unflatten(1, (groups, -1))
+        inside = torch.matmul(scores, xs)
+        y[:, chunk] = _by_token(inside.addcmul_(_weights(decays.since_start, xs), torch.matmul(Cs[:, :, None], state)))
+        state = _advance(xs, Bs, state, decays)
+    return y, state.flatten(1, 2).clone()
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    log_a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    grad_final: Tensor,
+    initial: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """Chunk by chunk from the last one; states at the chunks' borders are computed again first."""
+    groups = B.shape[2]
+    starts = range(0, x.shape[1], chunk_size)
+    states = [initial.unflatten(1, (groups, -1))]
+    for start in starts[:-1]:
+        chunk = slice(start, start + chunk_size)
+        xs = _by_group(x[:, chunk], groups)
+        states.append(_advance(xs, B[:, chunk].transpose(1, 2), states[-1], _decays(log_a[:, chunk])))
+    grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, log_a, B, C))
+    grad_state = grad_final.unflatten(1, (groups, -1))
+    for start, state in zip(reversed(starts), reversed(states), strict=False):
+        chunk = slice(start, start + chunk_size)
+        found = _chunk_backward(*(tensor[:, chunk] for tensor in (grad_y, x, log_a, B, C)), grad_state, state)
+        for grad, part in zip(grads, found[:4], strict=True):
+            grad[:, chunk] = part
+        grad_state = found[4]
+    return *grads, grad_state.flatten(1, 2).clone()
+
+
+def _chunk_backward(
+    grad_y: Tensor, x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, grad_state: Tensor, state: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of x, log_a, B, C and S from those of Y and S'."""
+    groups = B.shape[2]
+    decays = _decays(log_a)
+    dy, xs = _by_group(grad_y, groups), _by_group(x, groups)
+    Bs, Cs = B.transpose(1, 2), C.transpose(1, 2)
+    L = decays.between.unflatten(1, (groups, -1))
+    e, f = _weights(decays.since_start, xs), _weights(decays.to_end, xs)
+    shared = torch.matmul(Cs, Bs.mT)[:, :, None]
+
+    dM = torch.matmul(dy, xs.mT).mul_(L)  # the gradient of C B^T, head by head
+    dG = dM.sum(2)
+    dx = torch.matmul((shared * L).mT, dy).addcmul_(f, torch.matmul(Bs[:, :, None], grad_state))
+    from_state = torch.matmul(dy, state.mT).mul_(e)
+    dC = torch.matmul(dG, Bs).add_(from_state.sum(2))
+    dB = torch.matmul(dG.mT, Cs).add_(torch.matmul(xs * f, grad_state.mT).sum(2))
+    whole = decays.whole.reshape(*state.shape[:3], 1, 1)
+    dstate = torch.matmul(Cs.mT[:, :, None], dy * e).addcmul_(whole, grad_state)
+
+    # c_i multiplies all of y_i, and divides all that comes of x_i; c_end multiplies S'
+    rows = (dM * shared).sum(-1) + (from_state * Cs[:, :, None]).sum(-1)
+    dc = rows - (xs * dx).sum(-1)
+    # <S', dS'> without S': what x gives to it, and what is left of S
+    given = (f * xs * torch.matmul(Bs[:, :, None], grad_state)).sum((-2, -1))
+    dc[..., -1] += given + (state * grad_state).sum((-2, -1)) * whole[..., 0, 0]
+    dlog_a = dc.flip(-1).cumsum(-1).flip(-1).permute(0, 3, 1, 2).flatten(2, 3)
+    dlog_a = dlog_a.masked_fill(torch.isneginf(log_a), 0.0)
+    return _by_token(dx), dlog_a, dB.transpose(1, 2), dC.transpose(1, 2), dstate
