@@ -5,10 +5,14 @@ The hook has to be in place before anything of the two packages is imported, so 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# Triton's own functions are decorated when it is imported, so it has to know by then that it interprets.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
 import jaxtyping
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 # An int is a float here as it is to a type checker (``dropout=0``). Annotations that can't be resolved at run time
 # (names imported under TYPE_CHECKING) are not checked.
 jaxtyping.install_import_hook(
-    ["mlreviews", "mlreviews_kernels"],
+    "mlreviews",  # not the kernels: they import torch only, and torch.library reads their annotations
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

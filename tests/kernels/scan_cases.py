@@ -25,6 +25,9 @@ class ScanCase:
         state: the name of the initial state.
         options: further arguments, such as a chunk size.
         lengths: time lengths around the edges of the chunks.
+        split_every: cuts may fall on multiples of this.
+        empty: the value of the initial state that is meant when none is given.
+        half_in_interpreter: whether Triton's interpreter can run bfloat16 (it can't multiply matrices of it).
         tolerance: relative error of float32 values, and of gradients, against the reference in float64.
     """
 
@@ -35,4 +38,7 @@ class ScanCase:
     state: str = "initial_state"
     options: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = (1, 2, 15, 16, 17, 55)
+    split_every: int = 1
+    empty: float = 0.0
+    half_in_interpreter: bool = True
     tolerance: float = 2e-5
