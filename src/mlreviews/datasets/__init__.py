@@ -1,4 +1,4 @@
-"""Real data without a network: scikit-learn's bundled sets, and text from Python's own standard library.
+"""Data without a network: scikit-learn's bundled sets, text from Python's own standard library, and drawn tasks.
 
 ::
 
@@ -13,6 +13,7 @@
 """
 
 from mlreviews.datasets.bundled import *
+from mlreviews.datasets.selective_copying import *
 from mlreviews.datasets.standard_library import *
 from mlreviews.datasets.tables import *
 from mlreviews.datasets.text import *
