@@ -5,6 +5,7 @@ One decay per head and step makes the scan a masked matrix product, done in chun
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _ssd_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, log_a, B, C, D, initial)
     if backend_of(choice) == "reference":
-        found = gradients(lambda *given: reference.ssd(*given, offsets, chunk_size), inputs, (grad_y, grad_final))
+        found = gradients(partial(reference.ssd, offsets=offsets, chunk_size=chunk_size), inputs, (grad_y, grad_final))
     else:
         run = implementation(CORE, backend_of(choice)).ssd_backward
         found = run(grad_y, grad_final, *inputs, offsets, chunk_size)

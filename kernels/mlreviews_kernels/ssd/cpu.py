@@ -8,6 +8,7 @@ e_i = exp(c_i), f_j = exp(c_end - c_j) and M = L o (C B^T):
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,7 @@ def ssd(
     bounds = check_offsets(offsets, x.shape[0])
     wide = tuple(tensor.to(initial.dtype) for tensor in (x, log_a, B, C))
 
-    def forward(*given: Tensor) -> tuple[Tensor, ...]:
-        return _forward(*given, chunk_size)
-
-    y, final = each(forward, wide, (initial,), bounds, outputs=1)
+    y, final = each(partial(_forward, chunk_size=chunk_size), wide, (initial,), bounds, outputs=1)
     if D.shape[0]:
         y = y.addcmul_(wide[0], D.to(y.dtype)[:, None])
     return y.to(x.dtype), final
@@ -48,11 +46,8 @@ def ssd_backward(
     """Gradients of all inputs."""
     wide = tuple(tensor.to(initial.dtype) for tensor in (grad_y, x, log_a, B, C))
 
-    def backward(*given: Tensor) -> tuple[Tensor, ...]:
-        return _backward(*given, chunk_size)
-
     states = (grad_final.to(initial.dtype), initial)
-    *tokens, grad_initial = each(backward, wide, states, offsets.tolist(), outputs=4)
+    *tokens, grad_initial = each(partial(_backward, chunk_size=chunk_size), wide, states, offsets.tolist(), outputs=4)
     grad_D = torch.zeros_like(D)
     if D.shape[0]:
         grad_D = (wide[0] * wide[1]).sum((0, 2)).to(D.dtype)
@@ -137,6 +132,7 @@ def _backward(
     C: Tensor,
     grad_final: Tensor,
     initial: Tensor,
+    *,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """Chunk by chunk from the last one; states at the chunks' borders are computed again first."""
@@ -151,7 +147,8 @@ def _backward(
     grad_state = grad_final.unflatten(1, (groups, -1))
     for start, state in zip(reversed(starts), reversed(states), strict=False):
         chunk = slice(start, start + chunk_size)
-        found = _chunk_backward(*(tensor[:, chunk] for tensor in (grad_y, x, log_a, B, C)), grad_state, state)
+        given = (tensor[:, chunk] for tensor in (grad_y, x, log_a, B, C))
+        found = _chunk_backward(*given, grad_state=grad_state, state=state)
         for grad, part in zip(grads, found[:4], strict=True):
             grad[:, chunk] = part
         grad_state = found[4]
@@ -159,7 +156,7 @@ def _backward(
 
 
 def _chunk_backward(
-    grad_y: Tensor, x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, grad_state: Tensor, state: Tensor
+    grad_y: Tensor, x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, *, grad_state: Tensor, state: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of x, log_a, B, C and S from those of Y and S'."""
     groups = B.shape[2]
