@@ -3,7 +3,7 @@
 Inputs are real: diabetes (10 features) for nearest neighbours and forests, digits (64 features) for random Fourier
 features, whose bandwidth is the square root of the dimension except in the sweep over bandwidths. The true function is
 a random two-layer network of unit variance, so that bias and variance are known exactly, and so is that of the noise.
-Quick: 100 points, 5 draws of the training inputs, below a minute on one core. Full: 200 points, 20 draws, some minutes.
+Quick: 100 points, 5 draws of the training inputs, a minute on one core. Full: 200 points, 20 draws, about six.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Does a model memorise exactly as many observations as it has parameters, and random labels as easily as true ones?
 
 Digits of scikit-learn, with the true labels and with labels drawn at random (the randomisation test of the paper).
-Quick: 200 points, 5 seeds, a few seconds. Full: 800 points, 10 seeds, a few minutes.
+Quick: 200 points, 5 seeds, half a minute. Full: 800 points, 10 seeds, a minute and a half.
 """
 
 from __future__ import annotations

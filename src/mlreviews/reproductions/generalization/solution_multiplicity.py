@@ -2,7 +2,8 @@
 
 Gaussian features against the exact expectations; random Fourier features on the digits of scikit-learn, with label
 noise of standard deviation 1 (variances scale with its square) and a kernel as wide as two images are typically apart.
-Quick: 200 digits, 5 seeds, averages of 10 models, half a minute. Full: 400 digits, 10 seeds, averages of 20 models.
+Quick: 200 digits, 5 seeds, averages of 10 models, half a minute. Full: 400 digits, 10 seeds, averages of 20
+models, about five minutes.
 """
 
 from __future__ import annotations
