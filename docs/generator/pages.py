@@ -202,7 +202,7 @@ class Site:
             for area, members in self.areas.items()
         ]
         total = [f"**{sum(int(row[i]) for row in rows)}**" for i in (1, 2, 3)]
-        headers = ["Area", ">Techniques", ">Implemented", ">With reproduction"]
+        headers = ["Area", ">Techniques", ">Implemented", ">Reproduced"]
         return table(headers, [*rows, ["**Total**", *total]])
 
     def gallery(self, base: str) -> str:

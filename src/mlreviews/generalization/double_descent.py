@@ -16,12 +16,13 @@ Equation:
        \varphi(x; v) = \sqrt{2/M} \max(\langle v, x \rangle, 0) \tag{2} $$
     Least squares on p of D features, $x \sim N(0, I_D)$ and $y = \langle \beta, x \rangle + N(0, \sigma^2)$: with
     $s^2 = \|\beta_{>p}\|^2 + \sigma^2$, the noise and what the missing features add to it, the expected test error is
-    $$ R = s^2 \Bigl(1 + \frac{p}{n-p-1}\Bigr) \; (p \le n-2), \qquad
-       R = \|\beta_{\le p}\|^2 \Bigl(1 - \frac{n}{p}\Bigr) + s^2 \Bigl(1 + \frac{n}{p-n-1}\Bigr) \; (p \ge n+2)
-       \tag{3} $$
+    $$ \begin{aligned} R &= s^2 \Bigl(1 + \frac{p}{n-p-1}\Bigr) && (p \le n-2) \\[0.6em]
+       R &= \|\beta_{\le p}\|^2 \Bigl(1 - \frac{n}{p}\Bigr) + s^2 \Bigl(1 + \frac{n}{p-n-1}\Bigr) && (p \ge n+2)
+       \end{aligned} \tag{3} $$
     and infinite between. For $n, p \to \infty$ with $p/n = \gamma$ and no missing features,
-    $$ R - \sigma^2 \to \sigma^2 \frac{\gamma}{1-\gamma} \; (\gamma < 1), \qquad
-       R - \sigma^2 \to r^2 \Bigl(1 - \frac{1}{\gamma}\Bigr) + \frac{\sigma^2}{\gamma - 1} \; (\gamma > 1) \tag{4} $$
+    $$ \begin{aligned} R - \sigma^2 &\to \sigma^2 \frac{\gamma}{1-\gamma} && (\gamma < 1) \\[0.6em]
+       R - \sigma^2 &\to r^2 \Bigl(1 - \frac{1}{\gamma}\Bigr) + \frac{\sigma^2}{\gamma - 1} && (\gamma > 1)
+       \end{aligned} \tag{4} $$
 
 Symbols:
     x: [n, d], inputs.
