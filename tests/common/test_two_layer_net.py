@@ -88,6 +88,12 @@ class TestGradientDescent:
         assert list(gradient_descent(net, one, 0 * one, steps=5, lr=0.25, momentum=0.0)) == [1, 2, 3, 4, 5]
         assert net.weight.item() == 0.5**5
 
+    def test_decays_after_every_step_where_nothing_else_is_said(self) -> None:
+        net, one = nn.Linear(1, 1, bias=False, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        nn.init.ones_(net.weight)
+        assert len(list(gradient_descent(net, one, 0 * one, steps=3, lr=0.25, momentum=0.0, decay=0.5))) == 3
+        assert net.weight.item() == pytest.approx((1 - 0.5) * (1 - 0.25) * (1 - 0.125))
+
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input_raises_before_the_first_step(self) -> None:
         net, x = nn.Linear(1, 1), torch.ones(1, 1)
