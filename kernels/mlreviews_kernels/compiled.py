@@ -123,7 +123,8 @@ def _openmp() -> list[str]:
 
 
 def _fingerprint(source: Path, arguments: list[str]) -> str:
-    texts = (source.read_text(), (Path(__file__).parent / "vector.h").read_text(), *arguments)
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    texts = (*(file.read_text() for file in (source, *headers)), *arguments)
     digest = hashlib.sha256("\0".join((*texts, platform.machine(), _processor(), _version(arguments[0]))).encode())
     return digest.hexdigest()[:16]
 

@@ -8,14 +8,20 @@ e_i = exp(c_i), f_j = exp(c_end - c_j) and M = L o (C B^T):
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_offsets
+from mlreviews_kernels.compiled import load, pointer
 from mlreviews_kernels.sequences import each
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+LONGEST = 64  # chunk of the compiled form: longer ones leave the cache
 
 
 def ssd(
@@ -23,6 +29,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
     bounds = check_offsets(offsets, x.shape[0])
+    if initial.dtype == torch.float32 and (library := load(SOURCE)) is not None:
+        return _compiled(library, x, log_a, B, C, D, initial, offsets, chunk_size)
     wide = tuple(tensor.to(initial.dtype) for tensor in (x, log_a, B, C))
 
     y, final = each(partial(_forward, chunk_size=chunk_size), wide, (initial,), bounds, outputs=1)
@@ -44,6 +52,8 @@ def ssd_backward(
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of all inputs."""
+    if initial.dtype == torch.float32 and (library := load(SOURCE)) is not None:
+        return _compiled_backward(library, grad_y, grad_final, x, log_a, B, C, D, initial, offsets, chunk_size)
     wide = tuple(tensor.to(initial.dtype) for tensor in (grad_y, x, log_a, B, C))
 
     states = (grad_final.to(initial.dtype), initial)
@@ -55,6 +65,62 @@ def ssd_backward(
     inputs = (x, log_a, B, C)
     found = (grad.to(tensor.dtype) for grad, tensor in zip(tokens, inputs, strict=True))
     return *found, grad_D, grad_initial
+
+
+def _compiled(
+    library: ctypes.CDLL,
+    x: Tensor,
+    log_a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    inputs = [tensor.float().contiguous() for tensor in (x, log_a, B, C, D, initial)]
+    y, final = torch.empty_like(inputs[0]), torch.empty_like(inputs[5])
+    arrays = (*_or_null(inputs), offsets.contiguous(), y, final)
+    library.ssd(*map(pointer, arrays), *_sizes(initial, B, chunk_size))
+    return y.to(x.dtype), final
+
+
+def _compiled_backward(
+    library: ctypes.CDLL,
+    grad_y: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    log_a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    given = (x, log_a, B, C, D, initial)
+    grad_y, grad_final, *inputs = (tensor.float().contiguous() for tensor in (grad_y, grad_final, *given))
+    sizes = _sizes(initial, B, chunk_size)
+    library.ssd_blocks.restype = ctypes.c_int64
+    blocks = library.ssd_blocks(*sizes)
+    grads = [torch.empty_like(tensor) for tensor in inputs]
+    grads[2], grads[3] = torch.empty((2, blocks, *B.shape), dtype=torch.float32)
+    grads[4] = torch.empty((initial.shape[0], D.shape[0]), dtype=torch.float32)
+    arrays = (grad_y, grad_final, *_or_null(inputs), offsets.contiguous(), *grads)
+    library.ssd_backward(*map(pointer, arrays), *sizes)
+    grads[2:5] = [grad.sum(0) for grad in grads[2:5]]
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
+
+
+def _or_null(inputs: list[Tensor]) -> list[Tensor | None]:
+    """D, the one before the last, is a null pointer where there is none."""
+    return [*inputs[:4], inputs[4] if inputs[4].shape[0] else None, *inputs[5:]]
+
+
+def _sizes(initial: Tensor, B: Tensor, chunk_size: int) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:
+    sequences, heads, state, dim = initial.shape
+    numbers = (sequences, heads, B.shape[1], dim, state, min(chunk_size, LONGEST))
+    return *map(ctypes.c_int64, numbers), ctypes.c_int(torch.get_num_threads())
 
 
 class _Decays(NamedTuple):
