@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -96,7 +97,9 @@ def test_a_reproduction_writes_record_and_figures(fakes: Fakes, tmp_path: Path) 
     assert (record.slug, record.full, record.seed, record.device) == ("good-fake", False, 4, "cpu")
     assert record.outcome.claims[0].verdict is Verdict.HOLDS
     assert record.started.endswith("+00:00")
-    assert (out / "good-fake.png").read_bytes().startswith(b"\x89PNG")
+    png = (out / "good-fake.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert struct.unpack(">2I", png[16:24]) == (300, 300)  # two inches at 150 dpi
     assert "<svg" in (out / "good-fake.svg").read_text()
 
 
