@@ -4,7 +4,7 @@ import torch
 from scipy import signal
 from torch import Tensor, nn
 
-from mlreviews.common.layers import causal_conv1d, linear
+from mlreviews.common.layers import causal_conv1d, depthwise_conv1d, linear
 
 BATCH, TIME, CHANNELS = 3, 9, 4
 
@@ -34,6 +34,30 @@ class TestLinear:
         assert torch.equal(one.weight, same.weight)
         assert torch.equal(one.bias, same.bias)
         assert not torch.equal(one.weight, other.weight)
+
+
+class TestDepthwiseConv:
+    def test_has_the_distribution_and_shape_of_torch(self) -> None:
+        layer = depthwise_conv1d(3000, 4, generator=_rng())
+        assert str(layer) == str(nn.Conv1d(3000, 3000, 4, groups=3000, padding=3))
+        values = 2 * torch.cat([layer.weight.flatten(), layer.bias]).detach()
+        assert values.abs().max() <= 1
+        assert values.square().mean().item() == pytest.approx(1 / 3, abs=0.01)
+        assert depthwise_conv1d(2, 3, bias=False).bias is None
+
+    def test_the_generator_decides(self) -> None:
+        before = torch.get_rng_state()
+        one, same, other = (depthwise_conv1d(5, 3, generator=_rng(seed)) for seed in (1, 1, 2))
+        linear(3, 4, generator=_rng())
+        assert torch.equal(before, torch.get_rng_state())
+        assert torch.equal(one.weight, same.weight)
+        assert torch.equal(one.bias, same.bias)
+        assert not torch.equal(one.weight, other.weight)
+
+    def test_padding_makes_it_the_causal_convolution(self) -> None:
+        layer, x = depthwise_conv1d(CHANNELS, 3, generator=_rng()).double(), _random(BATCH, TIME, CHANNELS)
+        expected = layer(x.mT)[..., :TIME].mT
+        torch.testing.assert_close(causal_conv1d(x, layer.weight[:, 0], layer.bias)[0], expected)
 
 
 class TestCausalConv:

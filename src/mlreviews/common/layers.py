@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["causal_conv1d", "linear"]
+__all__ = ["causal_conv1d", "depthwise_conv1d", "linear"]
 
 
 def linear(
@@ -20,9 +20,29 @@ def linear(
         bias: whether there is a bias, of the same distribution.
         generator: draws weight and bias; None is the global one.
     """
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias)
+    # What the constructor draws is drawn again; torch.nn.utils.skip_init would load two seconds of torch for this.
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(in_features, out_features, bias=bias)
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5, generator=generator)
+    return layer
+
+
+def depthwise_conv1d(
+    channels: int, width: int, *, bias: bool = True, generator: torch.Generator | None = None
+) -> nn.Conv1d:
+    """A `torch.nn.Conv1d` for the weights of `causal_conv1d`, with its usual distribution, uniform in ± width ** -0.5.
+
+    Args:
+        channels: how many.
+        width: of the kernel.
+        bias: whether there is a bias, of the same distribution.
+        generator: draws weight and bias; None is the global one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1, bias=bias)
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator=generator)
     return layer
 
 

@@ -121,7 +121,8 @@ class SequenceModel(nn.Module):
         super().__init__()
         check_count("vocab_size", vocab_size)
         check_count("d_model", d_model)
-        self.embedding = nn.utils.skip_init(nn.Embedding, vocab_size, d_model)
+        # An empty weight that is filled below: the constructor would draw from the global generator.
+        self.embedding = nn.Embedding(vocab_size, d_model, _weight=torch.empty(vocab_size, d_model))
         # With the head tied, entries of this size give the logits of a normed vector unit variance.
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5, generator=generator)
         self.blocks = nn.ModuleList(
@@ -131,7 +132,7 @@ class SequenceModel(nn.Module):
             raise ValueError("mixers: expected at least one, got none")
         self.norm = nn.RMSNorm(d_model)
         if classes is None:
-            self.head = nn.utils.skip_init(nn.Linear, d_model, vocab_size, bias=False)
+            self.head = linear(d_model, vocab_size, bias=False, generator=torch.Generator())
             self.head.weight = self.embedding.weight
         else:
             check_count("classes", classes)
