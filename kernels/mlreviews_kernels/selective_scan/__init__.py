@@ -60,8 +60,8 @@ def selective_scan(
 
     Raises:
         ValueError: shapes or devices don't go together.
-        TypeError: a dtype is none of float32, float64, bfloat16, float16; or those of u, delta, B, C and z differ. A, D,
-            delta_bias and the initial state may have dtypes of their own; they are used in the state's precision.
+        TypeError: a dtype is none of float32, float64, bfloat16, float16; or those of u, delta, B, C and z differ.
+            A, D, delta_bias and the initial state may have their own; they are used in the state's precision.
         BackendError: the backend asked for by name can't be used.
     """
     check_floating("u", u)
