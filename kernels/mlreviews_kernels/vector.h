@@ -23,9 +23,9 @@ INLINE int32_t float_to_bits(float value) {
 }
 
 // exp within 2 units in the last place: e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by the
-// polynomial of the Cephes library.  0 below -87.33 (results that would be denormal), infinity above 88.72; NaN stays.
+// polynomial of the Cephes library.  0 below -86.64 (half of what is left would be denormal), infinity above 88.72; NaN stays.
 INLINE float exp_f(float x) {
-    const float low = -87.3365f, high = 88.7228f, shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const float low = -86.6434f, high = 88.7228f, shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     float y = x < low ? low : x;
     y = y > high ? high : y;
     const float shifted = y * 1.44269504f + shift, n = shifted - shift;

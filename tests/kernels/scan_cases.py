@@ -28,6 +28,7 @@ class ScanCase:
         split_every: cuts may fall on multiples of this.
         empty: the value of the initial state that is meant when none is given.
         half_in_interpreter: whether Triton's interpreter can run bfloat16 (it can't multiply matrices of it).
+        interpreter_tiles: constants of the core's ``gpu.py`` and small values for them.
         tolerance: relative error of float32 values, and of gradients, against the reference in float64.
     """
 
@@ -41,4 +42,5 @@ class ScanCase:
     split_every: int = 1
     empty: float = 0.0
     half_in_interpreter: bool = True
+    interpreter_tiles: Mapping[str, int] = field(default_factory=dict)
     tolerance: float = 2e-5

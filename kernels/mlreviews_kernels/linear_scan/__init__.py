@@ -123,7 +123,7 @@ def _call(
     h, final, _ = op(
         a.reshape(flat), b.reshape(flat), initial_state.to(dtype).reshape(sequences, channels), offsets, reverse
     )
-    return h.reshape(a.shape), final.reshape(initial_state.shape)
+    return h.to(a.dtype).reshape(a.shape), final.reshape(initial_state.shape)
 
 
 def _register(name: str) -> None:
@@ -152,13 +152,15 @@ def _register(name: str) -> None:
         reverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if backend_of(choice) == "reference":
-            return gradients(lambda *x: function(*x, offsets, reverse), (a, b, initial), (grad_h, grad_final))
+            grads = gradients(lambda *x: function(*x, offsets, reverse), (a, b, initial), (grad_h, grad_final))
+            return grads[0], grads[1], grads[2]
         run = getattr(implementation(CORE, backend_of(choice)), f"{name}_backward")
         return run(grad_h, grad_final, a, b, h, initial, offsets, reverse)
 
     @forward.register_fake
     def _(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(b), torch.empty_like(initial), empty_choice()
+        dtype = initial.dtype if name == "log_linear_scan" else b.dtype
+        return torch.empty_like(b, dtype=dtype), torch.empty_like(initial), empty_choice()
 
     @backward.register_fake
     def _(

@@ -23,7 +23,8 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 
 def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    return _forward("linear_scan", _scan, a, b, initial, offsets, reverse)
+    h, final = _forward("linear_scan", _scan, a, b, initial, offsets, reverse)
+    return h.to(b.dtype), final
 
 
 def log_linear_scan(
@@ -81,7 +82,7 @@ def _forward(
         h, final = torch.empty_like(wide_b), torch.empty_like(initial)
         arrays = (wide_a, wide_b, initial, offsets.contiguous(), h, final)
         getattr(library, name)(*map(pointer, arrays), *_sizes(initial, reverse))
-    return h.to(b.dtype), final
+    return h, final
 
 
 def _backward(

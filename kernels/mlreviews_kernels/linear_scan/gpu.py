@@ -30,8 +30,9 @@ def _compose(a, b, next_a, next_b):
 @triton.jit
 def _logaddexp(x, y):
     high = tl.maximum(x, y)
-    # both -inf: the sum is empty, and its gap would be NaN
-    return tl.where(high == float("-inf"), high, high + tl.log(1.0 + tl.exp(tl.minimum(x, y) - high)))
+    # both -inf: the sum is empty, and the gap would be NaN
+    gap = tl.where(high == float("-inf"), 0.0, tl.minimum(x, y)) - tl.where(high == float("-inf"), 0.0, high)
+    return high + tl.log(1.0 + tl.exp(gap))
 
 
 @triton.jit
@@ -137,9 +138,9 @@ def backward_kernel(
             a = tl.load(a_in + at, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(b_in + at, mask=mask, other=0.0).to(tl.float32)
             empty, next_empty = h == float("-inf"), next_h == float("-inf")
-            own = tl.where(empty, 0.0, tl.exp(b - h))
-            old = tl.where(empty, 0.0, tl.exp(a + before - h))
-            factor = tl.where(next_empty, 0.0, tl.exp(next_a + h - next_h))
+            own = tl.where(empty, 0.0, tl.exp(b - tl.where(empty, 0.0, h)))
+            old = tl.where(empty, 0.0, tl.exp(a + before - tl.where(empty, 0.0, h)))
+            factor = tl.where(next_empty, 0.0, tl.exp(next_a + h - tl.where(next_empty, 0.0, next_h)))
         else:
             own, old, factor = 1.0, before, next_a
         # the last step's factor is 1: what comes from behind it is the final state's gradient
@@ -189,7 +190,7 @@ def _forward(
     a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool, *, log: bool
 ) -> tuple[Tensor, Tensor]:
     a, b, initial = a.contiguous(), b.contiguous(), initial.contiguous()
-    h, final = torch.empty_like(b), torch.empty_like(initial)
+    h, final = torch.empty_like(b, dtype=initial.dtype if log else b.dtype), torch.empty_like(initial)
     scan_kernel[_grid(initial)](
         a, b, initial, offsets, h, final, initial.shape[1],
         LOG=log, REVERSE=reverse, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
@@ -222,7 +223,14 @@ def launches() -> list[Launch]:
     """Every configuration that can be chosen, for the static analysis."""
     kernels = {scan_kernel: ("initial", "final"), backward_kernel: ("grad_final", "initial", "grad_initial")}
     return [
-        Launch(kernel, _constants(log), dtype, states=states, warps=WARPS, label="log" if log else "")
+        Launch(
+            kernel,
+            _constants(log),
+            dtype,
+            states=(*states, "h_in", "h_out") if log else states,
+            warps=WARPS,
+            label="log" if log else "",
+        )
         for dtype in (torch.float32, torch.bfloat16)
         for log in (False, True)
         for kernel, states in kernels.items()

@@ -23,13 +23,16 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse:
             states.append(h)
         outputs += reversed(states) if reverse else states
         finals.append(h)
-    return _stack(outputs, b), torch.stack(finals)
+    return _stack(outputs, b).to(b.dtype), torch.stack(finals)
 
 
 def log_linear_scan(
     log_a: Tensor, log_b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """log h_t = log(a_t h_{t-1} + b_t) from the logarithms of all that is positive."""
+    """log h_t = log(a_t h_{t-1} + b_t) from the logarithms of all that is positive.
+
+    The outputs have the states' dtype: the backward takes differences of them, which half precision would spoil.
+    """
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
     bounds = check_offsets(offsets, log_a.shape[0])
@@ -41,7 +44,7 @@ def log_linear_scan(
             states.append(log_h)
         outputs += reversed(states) if reverse else states
         finals.append(log_h)
-    return _stack(outputs, log_b), torch.stack(finals)
+    return _stack(outputs, initial), torch.stack(finals)
 
 
 def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
@@ -52,4 +55,4 @@ def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _stack(states: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(states).to(like.dtype) if states else like.clone()
+    return torch.stack(states) if states else like.new_empty(0, like.shape[1])
