@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -477,6 +478,40 @@ def test_what_none_can_do_without_is_one_error(never_run: Technique, tmp_path: P
 def test_there_is_at_least_one_job(tmp_path: Path, jobs: int) -> None:
     with pytest.raises(ValueError, match=f"jobs: expected at least 1, got {jobs}"):
         list(reproduce_many([], Settings(), tmp_path, jobs))
+
+
+@pytest.mark.parametrize(("many", "jobs", "cores", "threads"), [(5, 3, 8, 2), (2, 2, 1, 1), (2, 7, 8, 4)])
+def test_so_many_at_a_time_share_the_cores(
+    fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int, jobs: int, cores: int, threads: int
+) -> None:
+    """With stand-ins for the processes, which are done at once; real ones are in test_parallel."""
+    at_a_time, shares = [], []
+
+    def start(technique: Technique, settings: Settings, out: Path, share: int, running: dict[Any, Any]) -> None:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        sender.send("done")
+        running[receiver] = sender, technique
+        at_a_time.append(len(running))
+        shares.append(share)
+
+    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "_receive", lambda receiver, sender, technique: receiver.recv())
+    monkeypatch.setattr(runner, "_cores", lambda: cores)
+    chosen = list(fakes.values())[:many]
+    found = list(reproduce_many(chosen, Settings(), tmp_path, jobs))
+    assert sorted(technique.slug for technique, _ in found) == sorted(technique.slug for technique in chosen)
+    assert {result for _, result in found} == {"done"}
+    assert max(at_a_time) == min(jobs, many)
+    assert set(shares) == {threads}
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda process: {0: {1, 5, 6}}[process], raising=False)
+    assert runner._cores() == 3
+    monkeypatch.delattr(runner.os, "sched_getaffinity")
+    for known, cores in {7: 7, None: 1}.items():
+        monkeypatch.setattr(runner.os, "cpu_count", lambda known=known: known)
+        assert runner._cores() == cores
 
 
 def test_check_environment_leaves_nothing_but_the_folder(tmp_path: Path) -> None:
