@@ -1,5 +1,6 @@
 """Area ssm: state-space models and linear recurrences, what they compute and what they can't."""
 
 from mlreviews.ssm.mamba import *
+from mlreviews.ssm.mamba_2 import *
 from mlreviews.ssm.mingru import *
 from mlreviews.ssm.ssm_state_tracking_limits import *

@@ -249,9 +249,9 @@ def without(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
 
 
-def check_sequence(x: Tensor, d_model: int, mask: Tensor | None = None) -> None:
+def check_sequence(x: Tensor, d_model: int, mask: Tensor | None = None, name: str = "x") -> None:
     """Raises ValueError unless x is [batch, time, d_model] without an empty axis, and the mask [batch, time]."""
     if x.ndim != 3 or x.shape[2] != d_model or x.numel() == 0:
-        raise ValueError(f"x: expected [batch, time, {d_model}] with no empty axis, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected [batch, time, {d_model}] with no empty axis, got shape {tuple(x.shape)}")
     if mask is not None and mask.shape != x.shape[:2]:
-        raise ValueError(f"mask: expected {list(x.shape[:2])}, as x has, got shape {tuple(mask.shape)}")
+        raise ValueError(f"mask: expected {list(x.shape[:2])}, as {name} has, got shape {tuple(mask.shape)}")
