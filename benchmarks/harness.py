@@ -16,6 +16,7 @@ and the range over the rounds. A result holds no paths and no names of hosts.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -234,8 +235,10 @@ def _peak_memory(candidate: Candidate) -> float | None:
 def _added_memory(candidate: Candidate) -> float:
     """By how much one call raises the process's largest resident memory, in MiB."""
     call = candidate.bound()
-    torch.linalg.svd(torch.eye(8))  # libraries that are loaded on first use are not the candidate's
+    call()  # libraries that are loaded on first use are not the candidate's
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # nor is what the first call left for the second to use
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the largest so far is now the present one
     before = _largest_memory()
