@@ -2,6 +2,7 @@ r"""State-tracking limits of SSMs: commuting transitions can't compose permutati
 
 Paper: The Illusion of State in State-Space Models (arXiv:2404.08819).
 Paper: Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues (arXiv:2411.12537).
+Paper: The Expressive Limits of Diagonal SSMs for State-Tracking (arXiv:2603.01959).
 
 A recurrent layer looks as if it kept track of a state. But where the transitions are diagonal (Mamba) or the same for
 every input (S4), their products commute, and the layer computes nothing that a circuit of constant depth could not. The
@@ -49,7 +50,8 @@ Defaults:
 Deviations:
     1. B, C and D don't depend on the input, so that modes differ in A alone. Mamba's B and C do.
     2. Diagonals are real; S4's are complex. Complex entries are 2 x 2 rotations, which "full" contains. Those commute
-       as well: with B = 0 they solve the word problems of abelian groups, such as Z60, and no others.
+       as well: in one layer they solve the word problems of abelian groups, such as Z60, and no others
+       (arXiv:2603.01959). Real ones can't even count modulo 3 (arXiv:2411.12537, theorem 2).
     3. The initial state is learned, as in a weighted automaton, where the paper puts a token before the sequence.
 
 Reduces to:
