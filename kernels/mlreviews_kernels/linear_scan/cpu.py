@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from mlreviews_kernels.arguments import check_offsets
 from mlreviews_kernels.compiled import load, pointer
+from mlreviews_kernels.sequences import each
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -119,22 +119,17 @@ def _each(
     bounds: list[int],
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    """Applies a function of ``[batch, time, channels]`` to sequences laid out one after another.
+    """Applies a function of ``[batch, time, channels]`` to all sequences, in the direction of the recurrence."""
 
-    It gets the tokens, then the states, and returns tensors of tokens and, last, a state. Sequences of one length are
-    one batch; others go one by one.
-    """
-    lengths = {stop - start for start, stop in pairwise(bounds)}
-    if len(lengths) == 1:
-        shape = (len(bounds) - 1, lengths.pop(), -1)
-        rows = [x.reshape(*shape[:2], x.shape[-1]) for x in tokens]
-        *outputs, state = function(*(x.flip(1) if reverse else x for x in rows), *states)
-        return *((x.flip(1) if reverse else x).reshape(tokens[0].shape) for x in outputs), state
-    found = []
-    for i, (start, stop) in enumerate(pairwise(bounds)):
-        one = tuple(x[start:stop] for x in tokens), tuple(x[i : i + 1] for x in states)
-        found.append(_each(function, *one, [0, stop - start], reverse))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+        rows, rest = arguments[: len(tokens)], arguments[len(tokens) :]
+        if not reverse:
+            return function(*rows, *rest)
+        *outputs, state = function(*(x.flip(1) for x in rows), *rest)
+        return *(x.flip(1) for x in outputs), state
+
+    # forward h, backward the gradients of a and b: these have a time axis, and a state follows
+    return each(run, tokens, states, bounds, outputs=1 if len(states) == 1 else 2)
 
 
 def _scan(a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:

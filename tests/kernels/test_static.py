@@ -1,0 +1,72 @@
+"""Every Triton kernel, in every configuration that can be chosen, compiled ahead of time: no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlreviews_kernels.backends import cores
+from mlreviews_kernels.static import SHARED_MEMORY, TARGETS, Resources, analyse
+
+CORES = [core.name for core in cores() if "triton" in core.backends]
+
+CODE = """
+import dataclasses, json, sys, warnings
+warnings.filterwarnings("ignore")
+from mlreviews_kernels.static import analyse, launches
+from mlreviews_kernels.backends import cores
+core, target = sys.argv[1:]
+matmul = [launch.matmul for launch in launches(next(c for c in cores() if c.name == core))]
+found = [dataclasses.asdict(resources) for resources in analyse((core,), (target,))]
+print(json.dumps([found, matmul]))
+"""
+
+
+def compiled(core: str, target: str) -> tuple[list[Resources], list[bool]]:
+    """In a process of its own: in this one triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CODE, core, target]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found, matmul = json.loads(result.stdout)
+    return [Resources(**fields) for fields in found], matmul
+
+
+# one chip by default; the others take as long again each
+chips = [pytest.param(target, marks=[pytest.mark.slow] * (target != "sm_90")) for target in TARGETS]
+targets = pytest.mark.parametrize("target", chips)
+    "target", [pytest.param(t, marks=[pytest.mark.slow] * (t != "sm_90")) for t in TARGETS]
+)
+
+
+@targets
+@pytest.mark.parametrize("core", CORES)
+def test_no_spills_and_within_the_chip(core: str, target: str) -> None:
+    found, matmul = compiled(core, target)
+    assert len(found) == len(matmul) > 0
+    for resources, uses_matrices in zip(found, matmul, strict=True):
+        assert resources.spilled == 0, resources
+        assert 0 < resources.registers <= (512 if target == "gfx942" else 255), resources
+        assert resources.shared <= SHARED_MEMORY[target], resources
+        if uses_matrices and "fp32" not in resources.launch:
+            expected = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "mma", "gfx942": "mfma"}[target]
+            assert expected in resources.tensor_cores, resources
+
+
+def test_there_are_cores() -> None:
+    assert "linear_scan" in CORES
+
+
+def test_an_interpreter_compiles_nothing() -> None:
+    with pytest.raises(RuntimeError, match="without TRITON_INTERPRET"):
+        next(analyse())
+
+
+def test_results_are_plain_records() -> None:
+    record = Resources("core", "kernel fp32", "sm_90", 32, 0, 1024)
+    assert dataclasses.asdict(record)["tensor_cores"] == ""
