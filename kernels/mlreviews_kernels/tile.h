@@ -23,6 +23,22 @@ typedef float Vector __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_a
 // Widths of matrices that are the second factor or the result of a product: whole tiles.
 INLINE int64_t whole_tiles(int64_t width) { return (width + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS; }
 
+// Uninitialised floats, at the beginning of a cache line.
+class Scratch {
+  public:
+    explicit Scratch(int64_t size) : whole_(new char[(size + 16) * sizeof(float)]) {
+        data_ = (float*)(((uintptr_t)whole_ + 63) / 64 * 64);
+    }
+    ~Scratch() { delete[] whole_; }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    operator float*() const { return data_; }
+
+  private:
+    char* whole_;
+    float* data_;
+};
+
 template <int ROWS, bool TRANSPOSED, bool ADD>
 INLINE void tile(const float* a, int64_t stride_a, const float* b, int64_t stride_b, float* c, int64_t stride_c,
                  int64_t depth) {

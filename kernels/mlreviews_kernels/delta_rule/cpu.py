@@ -11,13 +11,19 @@ A chunk has whole mini-batches, or is part of one: then A is 0 and the right-han
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_offsets
+from mlreviews_kernels.compiled import load, pointer
 from mlreviews_kernels.sequences import each
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+LONGEST = 64  # chunk of the compiled form: longer ones leave the cache
 
 
 def delta_rule(
@@ -31,11 +37,15 @@ def delta_rule(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    bounds = check_offsets(offsets, q.shape[0])
-    wide = tuple(tensor.to(initial.dtype) for tensor in (q, k, v, beta))
-
-    forward = partial(_forward, mini_batch=mini_batch, chunk_size=chunk_size)
-    out, final = each(forward, wide, (initial,), bounds, outputs=1)
+    check_offsets(offsets, q.shape[0])
+    library = load(SOURCE) if initial.dtype == torch.float32 else None
+    if library is None:
+        return vectorised(q, k, v, beta, initial, offsets, mini_batch, chunk_size)
+    inputs = [tensor.float().contiguous() for tensor in (q, k, v, beta, initial)]
+    out, final = torch.empty_like(inputs[2]), torch.empty_like(inputs[4])
+    library.delta_rule(
+        *map(pointer, (*inputs, offsets.contiguous(), out, final)), *_sizes(initial, mini_batch, chunk_size)
+    )
     return out.to(v.dtype), final
 
 
@@ -52,8 +62,54 @@ def delta_rule_backward(
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of all inputs."""
-    wide = tuple(tensor.to(initial.dtype) for tensor in (grad_out, q, k, v, beta))
+    library = load(SOURCE) if initial.dtype == torch.float32 else None
+    given = (q, k, v, beta, initial)
+    if library is None:
+        return vectorised_backward(grad_out, grad_final, *given, offsets, mini_batch, chunk_size)
+    inputs = [tensor.float().contiguous() for tensor in (grad_out, grad_final, *given)]
+    grads = [torch.empty_like(tensor) for tensor in inputs[2:]]
+    library.delta_rule_backward(
+        *map(pointer, (*inputs, offsets.contiguous(), *grads)), *_sizes(initial, mini_batch, chunk_size)
+    )
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
 
+
+def _sizes(initial: Tensor, mini_batch: int, chunk_size: int) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:
+    numbers = (*initial.shape, mini_batch, min(chunk_size, LONGEST))
+    return *map(ctypes.c_int64, numbers), ctypes.c_int(torch.get_num_threads())
+
+
+def vectorised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    mini_batch: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The forward in PyTorch, on any device."""
+    wide = tuple(tensor.to(initial.dtype) for tensor in (q, k, v, beta))
+    forward = partial(_forward, mini_batch=mini_batch, chunk_size=chunk_size)
+    out, final = each(forward, wide, (initial,), offsets.tolist(), outputs=1)
+    return out.to(v.dtype), final
+
+
+def vectorised_backward(
+    grad_out: Tensor,
+    grad_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    mini_batch: int,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """The backward in PyTorch, on any device."""
+    wide = tuple(tensor.to(initial.dtype) for tensor in (grad_out, q, k, v, beta))
     backward = partial(_backward, mini_batch=mini_batch, chunk_size=chunk_size)
     states = (grad_final.to(initial.dtype), initial)
     *tokens, grad_initial = each(backward, wide, states, offsets.tolist(), outputs=4)
@@ -80,14 +136,14 @@ def _heads_first(tensors: tuple[Tensor, ...], start: int, stop: int) -> list[Ten
 def _solve(k: Tensor, v: Tensor, beta: Tensor, base: Tensor, mini_batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, the errors V - K W_base, and I + A."""
     errors = v - k @ base
-    system = (beta * (k @ k.mT)).mul_(_before(k.shape[-2], mini_batch))
+    system = (beta * (k @ k.mT)).mul_(_before(k.shape[-2], mini_batch, k.device))
     system.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return _triangular(system, beta * errors, mini_batch, upper=False), errors, system
 
 
-def _before(time: int, mini_batch: int) -> Tensor:
+def _before(time: int, mini_batch: int, device: torch.device) -> Tensor:
     """Whether the mini-batch of a column is before that of a row."""
-    number = torch.arange(time) // mini_batch
+    number = torch.arange(time, device=device) // mini_batch
     return number[:, None] > number
 
 
@@ -169,7 +225,7 @@ def _chunk_backward(
     drate = (dR * errors).sum(-1)
     if system.shape[-1] > mini_batch:
         products = K @ K.mT
-        dA = -(dR @ U.mT) * _before(K.shape[-2], mini_batch)
+        dA = -(dR @ U.mT) * _before(K.shape[-2], mini_batch, K.device)
         drate = drate + (dA * products).sum(-1)
         dproducts = rate * dA
         dK = dK + (dproducts + dproducts.mT) @ K

@@ -49,22 +49,6 @@ void for_each_task(const int64_t* offsets, const Sizes& size, const Layout& layo
     }
 }
 
-// Uninitialised floats, at the beginning of a cache line.
-class Scratch {
-  public:
-    explicit Scratch(int64_t size) : whole_(new char[(size + 16) * sizeof(float)]) {
-        data_ = (float*)(((uintptr_t)whole_ + 63) / 64 * 64);
-    }
-    ~Scratch() { delete[] whole_; }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    operator float*() const { return data_; }
-
-  private:
-    char* whole_;
-    float* data_;
-};
-
 // The decays of one head in one chunk.
 struct Decays {
     explicit Decays(int64_t chunk)

@@ -28,15 +28,11 @@ def ssd(
     x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, offsets: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    bounds = check_offsets(offsets, x.shape[0])
+    check_offsets(offsets, x.shape[0])
+    given = (x, log_a, B, C, D, initial, offsets, chunk_size)
     if initial.dtype == torch.float32 and (library := load(SOURCE)) is not None:
-        return _compiled(library, x, log_a, B, C, D, initial, offsets, chunk_size)
-    wide = tuple(tensor.to(initial.dtype) for tensor in (x, log_a, B, C))
-
-    y, final = each(partial(_forward, chunk_size=chunk_size), wide, (initial,), bounds, outputs=1)
-    if D.shape[0]:
-        y = y.addcmul_(wide[0], D.to(y.dtype)[:, None])
-    return y.to(x.dtype), final
+        return _compiled(library, *given)
+    return vectorised(*given)
 
 
 def ssd_backward(
@@ -52,8 +48,37 @@ def ssd_backward(
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of all inputs."""
+    given = (grad_y, grad_final, x, log_a, B, C, D, initial, offsets, chunk_size)
     if initial.dtype == torch.float32 and (library := load(SOURCE)) is not None:
-        return _compiled_backward(library, grad_y, grad_final, x, log_a, B, C, D, initial, offsets, chunk_size)
+        return _compiled_backward(library, *given)
+    return vectorised_backward(*given)
+
+
+def vectorised(
+    x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, offsets: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """The forward in PyTorch, on any device."""
+    wide = tuple(tensor.to(initial.dtype) for tensor in (x, log_a, B, C))
+
+    y, final = each(partial(_forward, chunk_size=chunk_size), wide, (initial,), offsets.tolist(), outputs=1)
+    if D.shape[0]:
+        y = y.addcmul_(wide[0], D.to(y.dtype)[:, None])
+    return y.to(x.dtype), final
+
+
+def vectorised_backward(
+    grad_y: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    log_a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """The backward in PyTorch, on any device."""
     wide = tuple(tensor.to(initial.dtype) for tensor in (grad_y, x, log_a, B, C))
 
     states = (grad_final.to(initial.dtype), initial)
