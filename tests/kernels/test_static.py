@@ -40,8 +40,6 @@ def compiled(core: str, target: str) -> tuple[list[Resources], list[bool]]:
 # one chip by default; the others take as long again each
 chips = [pytest.param(target, marks=[pytest.mark.slow] * (target != "sm_90")) for target in TARGETS]
 targets = pytest.mark.parametrize("target", chips)
-    "target", [pytest.param(t, marks=[pytest.mark.slow] * (t != "sm_90")) for t in TARGETS]
-)
 
 
 @targets
