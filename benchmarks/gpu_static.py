@@ -1,0 +1,275 @@
+"""What the Triton kernels cost, without a GPU: resources of every configuration, bytes moved, and the roofline time.
+
+Resources come from ahead-of-time compilation: registers and bytes spilled a thread, shared memory a block, the matrix
+instruction. Bytes are counted by running the kernels in Triton's interpreter at a small shape with their real tiles:
+all that each program loads or stores, counting an address once a program ("moved"), against the compulsory minimum,
+every input read and every output written once. The roofline is that of an H100 (SXM: 3.35 TB/s; 989 TFLOP/s in bfloat16
+matrices, 67 TFLOP/s in float32) at the shape of the CPU benchmarks times 16 sequences, bfloat16, with as many times the
+compulsory bytes as were counted: a lower bound for the time, not a prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import RESULTS, versions
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlreviews_kernels import use_backend
+from mlreviews_kernels.backends import cores
+from mlreviews_kernels.delta_rule import delta_rule
+from mlreviews_kernels.linear_scan import linear_scan
+from mlreviews_kernels.selective_scan import selective_scan
+from mlreviews_kernels.ssd import ssd
+from mlreviews_kernels.static import TARGETS, Resources, analyse
+
+BANDWIDTH, MATRIX_RATE, VECTOR_RATE = 3.35e12, 989e12, 67e12
+Make = Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call to count.
+
+    Attributes:
+        function: the public op.
+        make: its tensor arguments, from the sizes.
+        small: sizes for the interpreter.
+        full: sizes for the roofline.
+        operations: floating-point operations of forward and backward at the full sizes.
+        rate: operations a second of the units that do most of them.
+    """
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+    make: Make
+    small: tuple[int, ...]
+    full: tuple[int, ...]
+    operations: tuple[float, float]
+    rate: float
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape) * 0.1
+
+
+def _linear(batch: int, time: int, channels: int) -> dict[str, Tensor]:
+    return {"a": _normal(batch, time, channels), "b": _normal(batch, time, channels)}
+
+
+def _selective(batch: int, time: int, channels: int, state: int) -> dict[str, Tensor]:
+    tokens = {"u": _normal(batch, time, channels), "delta": _normal(batch, time, channels).abs()}
+    shared = {"B": _normal(batch, time, state), "C": _normal(batch, time, state), "D": _normal(channels)}
+    return {**tokens, "A": -_normal(channels, state).abs(), **shared, "z": _normal(batch, time, channels)}
+
+
+def _ssd(batch: int, time: int, heads: int, dim: int, state: int) -> dict[str, Tensor]:
+    tokens = {"x": _normal(batch, time, heads, dim), "log_a": -_normal(batch, time, heads).abs()}
+    return {**tokens, "B": _normal(batch, time, 1, state), "C": _normal(batch, time, 1, state)}
+
+
+def _delta(batch: int, time: int, heads: int, dim: int) -> dict[str, Tensor]:
+    q, k, v = (_normal(batch, time, heads, dim) for _ in range(3))
+    return {"q": q, "k": k, "v": v, "beta": _normal(batch, time, heads).sigmoid()}
+
+
+def _selective_operations(batch: int, time: int, channels: int, state: int) -> tuple[float, float]:
+    updates = batch * time * channels * state
+    return 7.0 * updates, 20.0 * updates  # an exp counted as one; backward computes the states again
+
+
+def _ssd_operations(batch: int, time: int, heads: int, dim: int, state: int, chunk: int = 64) -> tuple[float, float]:
+    # states and their outputs: 2 x 2 N P a token and head; inside chunks: C B^T once a group, its product with x
+    forward = 2.0 * batch * time * (heads * (2 * state * dim + chunk * dim) + chunk * state)
+    return forward, 2.5 * forward
+
+
+def _delta_operations(batch: int, time: int, heads: int, dim: int, chunk: int = 64) -> tuple[float, float]:
+    forward = 2.0 * batch * time * heads * (3 * dim * dim + 4 * chunk * dim)
+    return forward, 2.5 * forward
+
+
+WORK = {
+    "linear_scan": Work(
+        linear_scan, _linear, (1, 256, 64), (64, 4096, 512), (2.0 * 64 * 4096 * 512, 4.0 * 64 * 4096 * 512), VECTOR_RATE
+    ),
+    "selective_scan": Work(
+        selective_scan,
+        _selective,
+        (1, 64, 64, 16),
+        (16, 2048, 1536, 16),
+        _selective_operations(16, 2048, 1536, 16),
+        VECTOR_RATE,
+    ),
+    "ssd": Work(
+        ssd, _ssd, (1, 256, 8, 64, 128), (16, 2048, 24, 64, 128), _ssd_operations(16, 2048, 24, 64, 128), MATRIX_RATE
+    ),
+    "delta_rule": Work(
+        delta_rule, _delta, (1, 256, 2, 64), (16, 2048, 16, 64), _delta_operations(16, 2048, 16, 64), MATRIX_RATE
+    ),
+}
+
+
+class Compulsory(TorchDispatchMode):
+    """Bytes of all tensors that go into and come out of this library's ops, each op for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "mlreviews":
+            tensors = {id(x): x for x in (*args, *results) if isinstance(x, Tensor)}
+            self.bytes.append(sum(x.numel() * x.element_size() for x in tensors.values()))
+        return results
+
+
+class Moved:
+    """Counts what kernels load and store in the interpreter: each address once a program."""
+
+    def __init__(self) -> None:
+        self.program: object = None
+        self.loaded: dict[int, list[np.ndarray]] = {}
+        self.stored: dict[int, list[np.ndarray]] = {}
+        self.total = 0
+
+    def note(self, seen: dict[int, list[np.ndarray]], program: object, addresses: np.ndarray, size: int) -> None:
+        if program != self.program:
+            self.close()
+            self.program = program
+        seen.setdefault(size, []).append(addresses.ravel())
+
+    def close(self) -> int:
+        for seen in (self.loaded, self.stored):
+            self.total += sum(size * np.unique(np.concatenate(parts)).size for size, parts in seen.items())
+            seen.clear()
+        return self.total
+
+
+def _count(name: str) -> dict[str, list[int]]:
+    """Bytes moved and compulsory, forward and backward, at the small shape; for a process that interprets."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counter = Moved()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        found = load(self, pointers, mask, *rest)
+        counter.note(counter.loaded, self.grid_idx, pointers.data[mask.data.astype(bool)], found.data.itemsize)
+        return found
+
+    def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        counter.note(counter.stored, self.grid_idx, pointers.data[mask.data.astype(bool)], value.data.itemsize)
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counting_load, counting_store
+    work = WORK[name]
+    leaves = {key: value.requires_grad_() for key, value in work.make(*work.small).items()}
+    with use_backend("triton"), Compulsory() as compulsory:
+        out, _ = work.function(**leaves)
+        forward = counter.close()
+        out.backward(torch.ones_like(out))
+        return {"moved": [forward, counter.close() - forward], "compulsory": compulsory.bytes}
+
+
+def _full_bytes(name: str) -> list[int]:
+    """Compulsory bytes at the full shape in bfloat16, from shapes alone."""
+    work = WORK[name]
+    with FakeTensorMode(), Compulsory() as compulsory:
+        leaves = {key: value.bfloat16().requires_grad_() for key, value in work.make(*work.full).items()}
+        out, _ = work.function(**leaves)
+        out.backward(torch.ones_like(out))
+    return compulsory.bytes
+
+
+def _other_process(environment: dict[str, str], *arguments: str) -> Any:
+    command = [sys.executable, __file__, *arguments]
+    result = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def traffic(names: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for name in track(names, "counting bytes", console=Console(stderr=True), transient=True):
+        counted = _other_process({"TRITON_INTERPRET": "1"}, "--count", name)
+        for i, direction in enumerate(("forward", "backward")):
+            ratio = counted["moved"][i] / counted["compulsory"][i]
+            size, operations = _full_bytes(name)[i], WORK[name].operations[i]
+            times = {"memory": ratio * size / BANDWIDTH, "arithmetic": operations / WORK[name].rate}
+            bound = max(times, key=lambda key: times[key])
+            rows.append(
+                {
+                    "core": name,
+                    "direction": direction,
+                    "moved / compulsory": round(ratio, 3),
+                    "compulsory MB": round(size / 1e6, 1),
+                    "GFLOP": round(operations / 1e9, 2),
+                    "roofline µs": round(times[bound] * 1e6, 1),
+                    "bound by": bound,
+                }
+            )
+    return rows
+
+
+def _print(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="only sm_90, and nothing is written")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON record")
+    options.add_argument("--count", choices=WORK, help=argparse.SUPPRESS)
+    options.add_argument("cores", nargs="*", help="only these kernel cores")
+    arguments = options.parse_args()
+    if arguments.count:
+        print(json.dumps(_count(arguments.count)))
+        return
+    names = [core.name for core in cores() if "triton" in core.backends and core.name in (arguments.cores or WORK)]
+    found: list[Resources] = []
+    targets = ("sm_90",) if arguments.quick else TARGETS
+    console = Console(stderr=True)
+    for resources in track(analyse(tuple(names), targets), "compiling", console=console, transient=True):
+        found.append(resources)
+    resources_rows = [dataclasses.asdict(resources) for resources in found]
+    _print("resources", resources_rows)
+    traffic_rows = traffic(names)
+    _print("bytes and roofline on an H100", traffic_rows)
+    spilling = [r for r in found if r.spilled]
+    print(f"{len(found)} compiled configurations, {len(spilling)} with spilled registers")
+    if not arguments.quick:
+        record = {
+            "benchmark": "gpu_static",
+            "when": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "versions": versions(),
+            "resources": resources_rows,
+            "traffic": traffic_rows,
+        }
+        path = arguments.out / "gpu_static.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
