@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 from collections import Counter
@@ -65,7 +66,7 @@ CONTRACT = {
         _perturbed(InputDependentSSM(3, 5, 4)), (_random(2, 19, 3, dtype=torch.float32),)
     ),
     "RNNSSM": lambda: Sample(_perturbed(RNNSSM(3, 5, 4)), (_random(2, 7, 3, dtype=torch.float32),)),
-    "group_word_problem": lambda: Sample(group_word_problem, ("A5", 7, 3)),
+    "group_word_problem": lambda: Sample(functools.partial(group_word_problem, "A5"), (7, 3)),
 }
 
 
