@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # an announcement of the theme's authors that has nothing to do with this site
 export NO_MKDOCS_2_WARNING := 1
+# one test process a core, and so one thread each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow check format bench docs records constraints clean
@@ -37,10 +39,10 @@ demo: $(VENV)/run.stamp
 	$(BIN)/mlreviews reproduce double-descent
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check
