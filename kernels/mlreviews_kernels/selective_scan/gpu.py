@@ -161,8 +161,8 @@ def backward_kernel(
     states,
     blocks,
     tokens,
+    span,
     SOFTPLUS: tl.constexpr,
-    SPAN: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -176,7 +176,7 @@ def backward_kernel(
     """
     sequence = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64) // blocks
-    block = tl.program_id(1).to(tl.int64) % blocks * SPAN
+    block = tl.program_id(1).to(tl.int64) % blocks * span
     n = tl.arange(0, STATES)
     known = n < states
     begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
@@ -188,7 +188,7 @@ def backward_kernel(
         chunk = chunks - 1 - i
         start = begin + chunk * CHUNK
         tiles = (tl.minimum(CHUNK, end - start) + ROWS - 1) // ROWS
-        for sub in range(0, SPAN // COLUMNS):
+        for sub in range(0, span // COLUMNS):
             within = block + sub * COLUMNS + tl.arange(0, COLUMNS)
             inside = within < channels // groups
             channel = group * (channels // groups) + within
@@ -226,7 +226,7 @@ def backward_kernel(
             B_before = tl.load(B_in + at_B - groups * states, mask=before_B, other=0.0).to(tl.float32)
             sum_B = tl.zeros([ROWS, STATES], tl.float32)
             sum_C = tl.zeros([ROWS, STATES], tl.float32)
-            for sub in range(0, SPAN // COLUMNS):
+            for sub in range(0, span // COLUMNS):
                 within = block + sub * COLUMNS + tl.arange(0, COLUMNS)
                 inside = within < channels // groups
                 channel = group * (channels // groups) + within
@@ -350,7 +350,8 @@ def selective_scan_backward(
     (sequences, channels, states), tokens, groups = initial.shape, u.shape[0], B.shape[1]
     constants = backward_constants(channels // groups, states, delta_softplus)
     tile_states = initial.new_empty(sequences, CHUNK // ROWS, channels, states)
-    blocks = triton.cdiv(channels // groups, constants["SPAN"])
+    span = max(constants["COLUMNS"], min(SPAN, triton.next_power_of_2(channels // groups)))
+    blocks = triton.cdiv(channels // groups, span)
     of_u, of_delta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
     of_A, of_state = initial.new_zeros(initial.shape), grad_final.clone(memory_format=torch.contiguous_format)
     of_B, of_C = (initial.new_empty(groups, blocks, tokens, states) for _ in range(2))
@@ -358,7 +359,7 @@ def selective_scan_backward(
     of_z = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     backward_kernel[sequences, groups * blocks](
         *inputs, tile_states, of_u, of_delta, of_A, of_B, of_C, of_state, of_D, of_z, of_bias,
-        channels, groups, states, blocks, tokens, **constants, num_warps=BACKWARD_WARPS,
+        channels, groups, states, blocks, tokens, span, **constants, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     of_B, of_C = (blocks.sum(1).transpose(0, 1).to(u.dtype).contiguous() for blocks in (of_B, of_C))
     of_D, of_bias = (None if x is None else x.sum(0) for x in (of_D, of_bias))
@@ -378,29 +379,27 @@ def forward_constants(channels: int, states: int, softplus: bool) -> dict[str, A
 
 
 def backward_constants(channels: int, states: int, softplus: bool) -> dict[str, Any]:
-    """The same for the backward; the span of a program need not exceed the channels of a group."""
-    constants = forward_constants(channels, states, softplus)
-    return {**constants, "SPAN": max(constants["COLUMNS"], min(SPAN, triton.next_power_of_2(channels)))}
+    """The same for the backward."""
+    return forward_constants(channels, states, softplus)
 
 
 def launches() -> list[Launch]:
-    """Every configuration that can be chosen, for the static analysis: the states of published models."""
-    scalars = ("channels", "groups", "states", "blocks", "tokens")
+    """Every configuration for the state of published models, 16, for the static analysis."""
+    scalars = ("channels", "groups", "states", "blocks", "tokens", "span")
     fixed = ("A_in", "D_in", "bias_in", "initial", "final", "borders", "tile_states")
     sums = ("of_A", "of_B", "of_C", "of_state", "of_D", "of_bias")
     return [
         Launch(
             kernel,
-            constants(1536, states, True),
+            constants(1536, 16, True),
             dtype,
             states=(*fixed, *sums),
             scalars=scalars,
             absent=() if gated else ("z_in", "of_z") if kernel is backward_kernel else ("z_in",),
             warps=warps,
-            label=f"N={states}{' gated' if gated else ''}",
+            label="gated" if gated else "",
         )
         for dtype in (torch.float32, torch.bfloat16)
-        for states in (16, 64, 128)
         for gated in (True, False)
         for kernel, constants, warps in (
             (forward_kernel, forward_constants, FORWARD_WARPS),
