@@ -228,6 +228,16 @@ class TestMamba2Block:
         assert default.conv1d.weight.shape == (128 + 256, 1, 4)
         assert default.in_proj.weight.shape == (2 * 128 + 256 + 2, 64)
 
+    def test_autocast(self) -> None:
+        block, x = _block(dtype=torch.float32), _random(BATCH, TIME, DIM, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, state = block(x)
+            more, _ = block(x, state)
+            one, _ = block.step(x[:, 0], state)
+        expected = block(x)[0]
+        assert (y - expected).abs().max() < 2**-5 * expected.abs().max()
+        assert (more[:, 0] - one).abs().max() < 2**-5 * expected.abs().max()
+
     def test_the_generator_decides_the_weights(self) -> None:
         before = torch.get_rng_state()
         one, same, other = (Mamba2Block(4, 3, 2, generator=_rng(seed)) for seed in (1, 1, 2))

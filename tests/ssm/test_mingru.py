@@ -206,6 +206,15 @@ class TestLayers:
         assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
         assert layer.step(x[:, 0])[1].dtype == torch.float32
 
+    def test_autocast(self, kind: type[Layer], log_space: bool) -> None:
+        layer, x = _layer(kind, log_space).float(), _random(BATCH, TIME, DIM, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, state = layer(x)
+            more, _ = layer(x, state)
+            one, _ = layer.step(x[:, 0], state)
+        torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.02)
+        torch.testing.assert_close(more[:, 0].float(), one.float(), rtol=0.05, atol=0.02)
+
     def test_the_generator_decides_the_weights(self, kind: type[Layer], log_space: bool) -> None:
         before = torch.get_rng_state()
         one, same, other = (kind(DIM, 2.0, log_space, generator=_rng(seed)) for seed in (1, 1, 2))

@@ -145,14 +145,19 @@ class _MinRNN(nn.Module):
         if mask is not None:
             padding = ~mask[..., None]
             log_keep, log_take = log_keep.masked_fill(padding, 0.0), log_take.masked_fill(padding, float("-inf"))
+        # Autocast gives logarithms and exponentials another dtype than products; the scans want one for both.
+        candidate = self.linear_h(x)
         if not self.log_space:
-            h, last = linear_scan(log_keep.exp(), log_take.exp() * self.linear_h(x), state, cu_seqlens=cu_seqlens)
+            b = log_take.exp() * candidate
+            h, last = linear_scan(log_keep.exp().to(b.dtype), b, state, cu_seqlens=cu_seqlens)
             return self.out_proj(h), last
-        log_h, log_last = log_linear_scan(log_keep, log_take + log_g(self.linear_h(x)), cu_seqlens=cu_seqlens)
+        log_b = log_take + log_g(candidate)
+        log_h, log_last = log_linear_scan(log_keep.to(log_b.dtype), log_b, cu_seqlens=cu_seqlens)
         h, last = log_h.exp(), log_last.exp()
         if state is not None:
             # The recurrence is linear: what is left of the first state is added, whatever its sign.
-            rest, left = linear_scan(log_keep.exp(), torch.zeros_like(h), state, cu_seqlens=cu_seqlens)
+            keep = log_keep.exp().to(h.dtype)
+            rest, left = linear_scan(keep, torch.zeros_like(h), state, cu_seqlens=cu_seqlens)
             h, last = h + rest, last + left
         return self.out_proj(h), last
 
