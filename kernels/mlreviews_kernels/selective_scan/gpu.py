@@ -19,8 +19,8 @@ from torch import Tensor
 from mlreviews_kernels.selective_scan.reference import CHUNK, border_rows
 from mlreviews_kernels.static import Launch
 
-ROWS = 16  # steps in a tile, of which each chunk has a whole number
-FORWARD_WARPS, BACKWARD_WARPS = 4, 8
+ROWS = 8  # steps in a tile, of which each chunk has a whole number
+WARPS = 4
 SPAN = 64  # channels of a program of the backward: each program has its own copy of the gradients of B and C
 
 
@@ -321,10 +321,10 @@ def selective_scan(
     (sequences, channels, states), groups = initial.shape, B.shape[1]
     y, final = torch.empty_like(inputs[0]), torch.empty_like(inputs[8])
     borders = initial.new_zeros(border_rows(u.shape[0], sequences), channels, states)
-    constants = forward_constants(channels // groups, states, delta_softplus)
+    constants = constants_for(channels // groups, states, delta_softplus)
     blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
     forward_kernel[sequences, groups * blocks](
-        *inputs, y, final, borders, channels, groups, states, blocks, **constants, num_warps=FORWARD_WARPS
+        *inputs, y, final, borders, channels, groups, states, blocks, **constants, num_warps=WARPS
     )
     return y, final, borders
 
@@ -348,7 +348,7 @@ def selective_scan_backward(
     """Gradients of u, delta, A, B, C, the initial state, and of those of D, z, delta_bias that aren't None."""
     inputs = _contiguous(grad_y, u, delta, A, B, C, D, z, delta_bias, offsets, borders)
     (sequences, channels, states), tokens, groups = initial.shape, u.shape[0], B.shape[1]
-    constants = backward_constants(channels // groups, states, delta_softplus)
+    constants = constants_for(channels // groups, states, delta_softplus)
     tile_states = initial.new_empty(sequences, CHUNK // ROWS, channels, states)
     span = max(constants["COLUMNS"], min(SPAN, triton.next_power_of_2(channels // groups)))
     blocks = triton.cdiv(channels // groups, span)
@@ -359,7 +359,7 @@ def selective_scan_backward(
     of_z = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     backward_kernel[sequences, groups * blocks](
         *inputs, tile_states, of_u, of_delta, of_A, of_B, of_C, of_state, of_D, of_z, of_bias,
-        channels, groups, states, blocks, tokens, span, **constants, num_warps=BACKWARD_WARPS,
+        channels, groups, states, blocks, tokens, span, **constants, num_warps=WARPS,
     )  # fmt: skip
     of_B, of_C = (blocks.sum(1).transpose(0, 1).to(u.dtype).contiguous() for blocks in (of_B, of_C))
     of_D, of_bias = (None if x is None else x.sum(0) for x in (of_D, of_bias))
@@ -371,16 +371,11 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def forward_constants(channels: int, states: int, softplus: bool) -> dict[str, Any]:
-    """Compile-time arguments for this many channels in a group: a tile of 4,096 numbers."""
+def constants_for(channels: int, states: int, softplus: bool) -> dict[str, Any]:
+    """Compile-time arguments for this many channels in a group: a tile of 2,048 numbers."""
     wide = triton.next_power_of_2(states)
-    columns = min(triton.next_power_of_2(channels), max(1, 4096 // ROWS // wide), 16)
+    columns = min(triton.next_power_of_2(channels), max(1, 2048 // ROWS // wide), 16)
     return {"SOFTPLUS": softplus, "CHUNK": CHUNK, "ROWS": ROWS, "COLUMNS": columns, "STATES": wide}
-
-
-def backward_constants(channels: int, states: int, softplus: bool) -> dict[str, Any]:
-    """The same for the backward."""
-    return forward_constants(channels, states, softplus)
 
 
 def launches() -> list[Launch]:
@@ -391,18 +386,15 @@ def launches() -> list[Launch]:
     return [
         Launch(
             kernel,
-            constants(1536, 16, True),
+            constants_for(1536, 16, True),
             dtype,
             states=(*fixed, *sums),
             scalars=scalars,
             absent=() if gated else ("z_in", "of_z") if kernel is backward_kernel else ("z_in",),
-            warps=warps,
+            warps=WARPS,
             label="gated" if gated else "",
         )
         for dtype in (torch.float32, torch.bfloat16)
         for gated in (True, False)
-        for kernel, constants, warps in (
-            (forward_kernel, forward_constants, FORWARD_WARPS),
-            (backward_kernel, backward_constants, BACKWARD_WARPS),
-        )
+        for kernel in (forward_kernel, backward_kernel)
     ]

@@ -67,9 +67,10 @@ def step(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """One token of each row: ``u [batch, channels]``, ``B [batch, groups, state]``, ``h [batch, channels, state]``."""
-    dtype, times = h.dtype, u.shape[1] // B.shape[1]
-    x, step_size = u.to(dtype), delta.to(dtype)
-    B, C = (matrix.to(dtype).repeat_interleave(times, dim=1) for matrix in (B, C))
+    dtype, groups = h.dtype, B.shape[1]
+    x, step_size, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
+    if groups > 1:  # a single one is broadcast
+        B, C = (matrix.repeat_interleave(u.shape[1] // groups, dim=1) for matrix in (B, C))
     if delta_bias is not None:
         step_size = step_size + delta_bias.to(dtype)
     if delta_softplus:  # functional.softplus would be linear above a threshold
