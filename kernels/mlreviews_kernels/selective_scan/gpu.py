@@ -277,6 +277,9 @@ def backward_kernel(
                     reverse=True,
                 )
                 g = factor * carry[None, :, :] + g
+                # loaded again, out of the cache: there are no registers to keep them in
+                u = tl.load(u_in + at, mask=mask, other=0.0).to(tl.float32)
+                raw, delta = _load_steps(delta_in, at, mask, bias, SOFTPLUS)
                 sum_B += tl.sum(g * (delta * u)[:, :, None], axis=1)
                 entering = tl.sum(g * B[:, None, :], axis=2)
                 x = g * old  # the gradient of delta A
