@@ -24,23 +24,24 @@ from mlreviews_kernels.static import Launch
 
 LONGEST, SHORTEST = 64, 16  # steps of a chunk: the one or the other; tl.dot takes no fewer than 16
 WIDEST = 64  # columns of a tile
+NARROW, THIN = 32, 16  # of a tile of grad_x_kernel and grad_bc_kernel, which keep more of them
 HEADS = 4  # heads whose dB and dC one program adds up
 PASSED = 1024  # elements of a state that one program of `pass_kernel` carries
 
 
 @triton.jit
-def _log_decay(log_a, head, heads, token, inside):
+def _log_decay(log_a, heads, row, inside):
     """log_a of a chunk with resets as 0, and how many resets there were up to each step."""
-    step = tl.load(log_a + token * heads + head, mask=inside, other=0.0)
+    step = tl.load(log_a + row * heads, mask=inside, other=0.0)
     reset = step == float("-inf")
     count = tl.cumsum(reset.to(tl.int32), axis=0)
     return tl.where(reset, 0.0, step), count, tl.sum(reset.to(tl.int32), axis=0)
 
 
 @triton.jit
-def _decays(log_a, head, heads, token, inside):
+def _decays(log_a, heads, row, inside):
     """The running sum in two floats (differences of large sums would lose what is small), resets, e, f and e_end."""
-    step, count, resets = _log_decay(log_a, head, heads, token, inside)
+    step, count, resets = _log_decay(log_a, heads, row, inside)
     exact = step.to(tl.float64)
     total = tl.cumsum(exact, axis=0)
     rest = tl.sum(exact, axis=0) - total
@@ -77,18 +78,18 @@ def added_kernel(
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
     begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
-    token = begin + tl.arange(0, TIME)
-    inside = token < end
+    row = tl.arange(0, TIME)
+    inside = row < end - begin
     p = tl.program_id(1) * DIM + tl.arange(0, DIM)
     n = tl.program_id(2) * STATE + tl.arange(0, STATE)
-    _, _, _, since_start, to_end, whole = _decays(log_a, head, heads, token, inside)
+    _, _, _, since_start, to_end, whole = _decays(log_a + begin * heads + head, heads, row, inside)
     weight = since_start if FROM_START else to_end
-    xs = _load(x + head * dim, token, heads * dim, p, inside, p < dim)
-    Bs = _load(B + head // (heads // groups) * state, token, groups * state, n, inside, n < state)
+    xs = _load(x + (begin * heads + head) * dim, row, heads * dim, p, inside, p < dim)
+    Bs = _load(B + (begin * groups + head // (heads // groups)) * state, row, groups * state, n, inside, n < state)
     xs = (xs.to(tl.float32) * weight[:, None]).to(x.dtype.element_ty)
     tile = tl.dot(tl.trans(Bs), xs, input_precision=PRECISION)
     mask = (n < state)[:, None] & (p < dim)[None, :]
-    tl.store(added + (program * state + n[:, None]) * dim + p[None, :], tile, mask=mask)
+    tl.store(added + program * state * dim + n[:, None] * dim + p[None, :], tile, mask=mask)
     if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(wholes + program, whole)
 
@@ -122,25 +123,25 @@ def output_kernel(
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
     begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
-    token = begin + tl.arange(0, TIME)
-    inside = token < end
+    row = tl.arange(0, TIME)
+    inside = row < end - begin
     p = tl.program_id(1) * DIM + tl.arange(0, DIM)
-    at_group = head // (heads // groups) * state
+    at_group = (begin * groups + head // (heads // groups)) * state
     scores = tl.zeros((TIME, TIME), dtype=tl.float32)
     ys = tl.zeros((TIME, DIM), dtype=tl.float32)
     for start in range(0, state, STATE):
         n = start + tl.arange(0, STATE)
-        Bs = _load(B + at_group, token, groups * state, n, inside, n < state)
-        Cs = _load(C + at_group, token, groups * state, n, inside, n < state)
+        Bs = _load(B + at_group, row, groups * state, n, inside, n < state)
+        Cs = _load(C + at_group, row, groups * state, n, inside, n < state)
         S = _load(states + program * state * dim, n, dim, p, n < state, p < dim)
         scores += tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)
         ys += tl.dot(Cs, S.to(C.dtype.element_ty), input_precision=PRECISION)
-    high, low, count, since_start, _, _ = _decays(log_a, head, heads, token, inside)
-    xs = _load(x + head * dim, token, heads * dim, p, inside, p < dim)
+    high, low, count, since_start, _, _ = _decays(log_a + begin * heads + head, heads, row, inside)
+    xs = _load(x + (begin * heads + head) * dim, row, heads * dim, p, inside, p < dim)
     M = (scores * _between(high, low, count, TIME)).to(x.dtype.element_ty)
     ys = ys * since_start[:, None] + tl.dot(M, xs, input_precision=PRECISION)
     ys += tl.load(D + head) * xs.to(tl.float32)
-    at = y + head * dim + token[:, None] * (heads * dim) + p[None, :]
+    at = y + (begin * heads + head) * dim + row[:, None] * (heads * dim) + p[None, :]
     tl.store(at, ys.to(y.dtype.element_ty), mask=inside[:, None] & (p < dim)[None, :])
 
 
@@ -154,27 +155,27 @@ def grad_x_kernel(
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
     begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
-    token = begin + tl.arange(0, TIME)
-    inside = token < end
+    row = tl.arange(0, TIME)
+    inside = row < end - begin
     p = tl.program_id(1) * DIM + tl.arange(0, DIM)
-    at_group = head // (heads // groups) * state
+    at_group = (begin * groups + head // (heads // groups)) * state
     scores = tl.zeros((TIME, TIME), dtype=tl.float32)
     from_state = tl.zeros((TIME, DIM), dtype=tl.float32)
     from_grad = tl.zeros((TIME, DIM), dtype=tl.float32)
     kept = tl.zeros((DIM,), dtype=tl.float32)
     for start in range(0, state, STATE):
         n = start + tl.arange(0, STATE)
-        Bs = _load(B + at_group, token, groups * state, n, inside, n < state)
-        Cs = _load(C + at_group, token, groups * state, n, inside, n < state)
+        Bs = _load(B + at_group, row, groups * state, n, inside, n < state)
+        Cs = _load(C + at_group, row, groups * state, n, inside, n < state)
         S = _load(states + program * state * dim, n, dim, p, n < state, p < dim)
         dS = _load(grad_states + program * state * dim, n, dim, p, n < state, p < dim)
         kept += tl.sum(S * dS, axis=0)
         scores += tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)
         from_state += tl.dot(Cs, S.to(C.dtype.element_ty), input_precision=PRECISION)
         from_grad += tl.dot(Bs, dS.to(B.dtype.element_ty), input_precision=PRECISION)
-    high, low, count, since_start, to_end, whole = _decays(log_a, head, heads, token, inside)
-    xs = _load(x + head * dim, token, heads * dim, p, inside, p < dim)
-    dys = _load(grad_y + head * dim, token, heads * dim, p, inside, p < dim)
+    high, low, count, since_start, to_end, whole = _decays(log_a + begin * heads + head, heads, row, inside)
+    xs = _load(x + (begin * heads + head) * dim, row, heads * dim, p, inside, p < dim)
+    dys = _load(grad_y + (begin * heads + head) * dim, row, heads * dim, p, inside, p < dim)
     M = (scores * _between(high, low, count, TIME)).to(x.dtype.element_ty)
     from_grad *= to_end[:, None]
     ys = from_state * since_start[:, None] + tl.dot(M, xs, input_precision=PRECISION)
@@ -185,11 +186,11 @@ def grad_x_kernel(
     # the sum from each step on
     grad = given + tl.sum(change, axis=0) - tl.cumsum(change, axis=0) + change
     part = tl.program_id(1).to(tl.int64)
-    tl.store(grad_log_a + (part * tokens + token) * heads + head, grad, mask=inside)
+    tl.store(grad_log_a + (part * tokens + begin) * heads + head + row * heads, grad, mask=inside)
     skipped = tl.sum(tl.sum(xs * dys, axis=1), axis=0)
     tl.store(grad_D + program * tl.num_programs(1) + part, skipped)
     dxs += tl.load(D + head) * dys
-    at = grad_x + head * dim + token[:, None] * (heads * dim) + p[None, :]
+    at = grad_x + (begin * heads + head) * dim + row[:, None] * (heads * dim) + p[None, :]
     tl.store(at, dxs.to(grad_x.dtype.element_ty), mask=inside[:, None] & (p < dim)[None, :])
 
 
@@ -203,8 +204,8 @@ def grad_bc_kernel(
     program = tl.program_id(0).to(tl.int64)
     split, group, chunk = program % splits, program // splits % groups, program // splits // groups
     begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
-    token = begin + tl.arange(0, TIME)
-    inside = token < end
+    row = tl.arange(0, TIME)
+    inside = row < end - begin
     n = tl.program_id(1) * STATE + tl.arange(0, STATE)
     per_group = heads // groups
     first = split * HEADS
@@ -213,13 +214,13 @@ def grad_bc_kernel(
     dC = tl.zeros((TIME, STATE), dtype=tl.float32)
     for one in range(first, tl.minimum(first + HEADS, per_group)):
         head = group * per_group + one
-        high, low, count, since_start, to_end, _ = _decays(log_a, head, heads, token, inside)
+        high, low, count, since_start, to_end, _ = _decays(log_a + begin * heads + head, heads, row, inside)
         products = tl.zeros((TIME, TIME), dtype=tl.float32)
         at_state = (chunk * heads + head) * state * dim
         for start in range(0, dim, DIM):
             p = start + tl.arange(0, DIM)
-            xs = _load(x + head * dim, token, heads * dim, p, inside, p < dim)
-            dys = _load(grad_y + head * dim, token, heads * dim, p, inside, p < dim)
+            xs = _load(x + (begin * heads + head) * dim, row, heads * dim, p, inside, p < dim)
+            dys = _load(grad_y + (begin * heads + head) * dim, row, heads * dim, p, inside, p < dim)
             S = _load(states + at_state, n, dim, p, n < state, p < dim).to(x.dtype.element_ty)
             dS = _load(grad_states + at_state, n, dim, p, n < state, p < dim).to(x.dtype.element_ty)
             products += tl.dot(dys, tl.trans(xs), input_precision=PRECISION)
@@ -228,12 +229,12 @@ def grad_bc_kernel(
             dC += tl.dot(dys, tl.trans(S), input_precision=PRECISION)
             dB += tl.dot(xs, tl.trans(dS), input_precision=PRECISION)
         sums += products * _between(high, low, count, TIME)
-    Bs = _load(B + group * state, token, groups * state, n, inside, n < state)
-    Cs = _load(C + group * state, token, groups * state, n, inside, n < state)
+    Bs = _load(B + (begin * groups + group) * state, row, groups * state, n, inside, n < state)
+    Cs = _load(C + (begin * groups + group) * state, row, groups * state, n, inside, n < state)
     sums = sums.to(x.dtype.element_ty)
     dC += tl.dot(sums, Bs, input_precision=PRECISION)
     dB += tl.dot(tl.trans(sums), Cs, input_precision=PRECISION)
-    at = ((split * tokens + token[:, None]) * groups + group) * state + n[None, :]
+    at = ((split * tokens + begin) * groups + group) * state + row[:, None] * (groups * state) + n[None, :]
     mask = inside[:, None] & (n < state)[None, :]
     tl.store(grad_B + at, dB, mask=mask)
     tl.store(grad_C + at, dC, mask=mask)
@@ -284,7 +285,7 @@ def _precision() -> str:
 
 
 def _warps(tiles: _Tiles) -> int:
-    return 4 if tiles.time * max(tiles.dim, tiles.state) <= 2048 else 8
+    return 8 if tiles.dim == WIDEST else 4
 
 
 def _borders(
@@ -299,7 +300,7 @@ def _borders(
     added_kernel[grid](
         x, log_a, B, chunks.begins, chunks.ends, states, wholes, heads, B.shape[1], dim, state,
         FROM_START=reverse, PRECISION=_precision(), TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
-        num_warps=4, num_stages=1,
+        num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
     pass_kernel[(sequences * heads, triton.cdiv(state * dim, PASSED))](
         states, wholes, initial, chunks.firsts, final, heads, state * dim,
@@ -352,7 +353,7 @@ def ssd_backward(
     chunks = _chunks(offsets, tokens, tiles.time)
     states, _ = _borders(x, log_a, B, initial, chunks, tiles, reverse=False)
     grad_states, grad_initial = _borders(grad_y, log_a, C, grad_final, chunks, tiles, reverse=True)
-    parts, splits = triton.cdiv(dim, tiles.dim), triton.cdiv(heads // groups, HEADS)
+    parts, splits = triton.cdiv(dim, NARROW), triton.cdiv(heads // groups, HEADS)
     grad_x = torch.empty_like(x)
     grad_log_a = torch.empty((parts, tokens, heads), dtype=torch.float32, device=x.device)
     grad_D = torch.empty((chunks.most, heads, parts), dtype=torch.float32, device=x.device)
@@ -360,13 +361,13 @@ def ssd_backward(
     grad_x_kernel[(chunks.most * heads, parts)](
         grad_y, x, log_a, B, C, _skip(D, heads), chunks.begins, chunks.ends, states, grad_states,
         grad_x, grad_log_a, grad_D, tokens, heads, groups, dim, state,
-        PRECISION=_precision(), TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
+        PRECISION=_precision(), TIME=tiles.time, DIM=NARROW, STATE=NARROW,
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
-    grad_bc_kernel[(chunks.most * groups * splits, triton.cdiv(state, tiles.state))](
+    grad_bc_kernel[(chunks.most * groups * splits, triton.cdiv(state, NARROW))](
         grad_y, x, log_a, B, C, chunks.begins, chunks.ends, states, grad_states, grad_B, grad_C,
         tokens, heads, groups, dim, state, splits,
-        PRECISION=_precision(), HEADS=HEADS, TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
+        PRECISION=_precision(), HEADS=HEADS, TIME=tiles.time, DIM=THIN, STATE=NARROW,
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
     log_a_grad = grad_log_a.sum(0).masked_fill_(torch.isneginf(log_a), 0.0)
@@ -389,10 +390,10 @@ def launches() -> list[Launch]:
             tiles = _tiles(chunk, dtype)
             shape = {"TIME": tiles.time, "DIM": tiles.dim, "STATE": tiles.state, "PRECISION": precision}
             kernels: tuple[tuple[Any, dict[str, Any], int], ...] = (
-                (added_kernel, {"FROM_START": True}, 4),
+                (added_kernel, {"FROM_START": True}, _warps(tiles)),
                 (output_kernel, {}, _warps(tiles)),
-                (grad_x_kernel, {}, _warps(tiles)),
-                (grad_bc_kernel, {"HEADS": HEADS}, _warps(tiles)),
+                (grad_x_kernel, {"DIM": NARROW, "STATE": NARROW}, _warps(tiles)),
+                (grad_bc_kernel, {"HEADS": HEADS, "DIM": THIN, "STATE": NARROW}, _warps(tiles)),
             )
             for kernel, constants, warps in kernels:
                 found.append(

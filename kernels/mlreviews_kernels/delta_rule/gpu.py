@@ -1,0 +1,388 @@
+"""Triton kernels of `delta_rule`, forward and backward.
+
+What depends on a chunk alone is done for all chunks at once: the inverse of its triangular system
+(`inverse_kernel`), and in the backward the gradients that follow from the states (`grad_kernel`). Between them, one
+program for each sequence, head and block of value columns walks along the chunks with its part of the state in
+registers (`forward_kernel`), and back with the state's gradient (`state_grad_kernel`). The formulas are those of
+``README.md``; every matrix product is a `tl.dot`. In float32 it is exact unless `torch.set_float32_matmul_precision`
+asks for less.
+"""
+
+# Triton kernels are not annotated: their arguments are pointers and compile-time constants.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mlreviews_kernels.delta_rule import cpu
+from mlreviews_kernels.static import Launch
+
+TIME = 16  # steps of a chunk: the inverse is found row by row
+VALUES = 32  # columns of the state that one program carries; half of it in float32
+KEYS = (16, 64, 128)  # rows of the state are one tile: the first of these that is enough
+
+
+@triton.jit
+def _rows(pointer, begin, row, heads, head, width, columns, inside):
+    """A chunk of ``[tokens, heads, width]``, zeros outside."""
+    at = pointer + (begin * heads + head) * width + row[:, None] * (heads * width) + columns[None, :]
+    return tl.load(at, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def inverse_kernel(
+    k, beta, begins, ends, inverses, heads, dim_k, mini_batch,
+    PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """(I + A)^-1 of a chunk; A_sj = beta_s k_s . k_j where j's mini-batch is before s's."""
+    program = tl.program_id(0).to(tl.int64)
+    chunk, head = program // heads, program % heads
+    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    row = tl.arange(0, TIME)
+    inside = row < end - begin
+    keys = _rows(k, begin, row, heads, head, dim_k, tl.arange(0, KEYS), inside)
+    rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
+    products = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) * rate[:, None]
+    number = row // mini_batch
+    A = tl.where(number[:, None] > number[None, :], products, 0.0)
+    inverse = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
+    for i in range(1, TIME):
+        # row i of the inverse is that of I less A's row times the rows found so far
+        factor = tl.sum(tl.where((row == i)[:, None], A, 0.0), axis=0)
+        change = tl.sum(factor[:, None] * inverse, axis=0)
+        inverse = tl.where((row == i)[:, None], inverse - change[None, :], inverse)
+    at = inverses + program * TIME * TIME + row[:, None] * TIME + row[None, :]
+    tl.store(at, inverse)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, beta, inverses, initial, begins, ends, opens, firsts, out, final, states, bases, updates,
+    heads, dim_k, dim_v,
+    STORE: tl.constexpr, PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """U = (I + A)^-1 beta (V - K W_base), O = Q W + P U, W' = W + K^T U along the chunks of a sequence.
+
+    STORE keeps what the backward needs, the states at the chunks' beginnings, W_base and U, in place of O.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    sequence, head = program // heads, program % heads
+    first, last = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+    row, key = tl.arange(0, TIME), tl.arange(0, KEYS)
+    value = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    state_mask = (key < dim_k)[:, None] & (value < dim_v)[None, :]
+    in_state = key[:, None] * dim_v + value[None, :]
+    state = tl.load(initial + program * dim_k * dim_v + in_state, mask=state_mask, other=0.0)
+    base = state
+    for chunk in range(first, last):
+        begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+        inside = row < end - begin
+        base = tl.where(tl.load(opens + chunk) != 0, state, base)
+        keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
+        values = _rows(v, begin, row, heads, head, dim_v, value, inside).to(tl.float32)
+        rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
+        number = chunk * heads + head  # int64, as the bounds of the loop are
+        inverse = tl.load(inverses + number * TIME * TIME + row[:, None] * TIME + row[None, :])
+        errors = values - tl.dot(keys, base.to(k.dtype.element_ty), input_precision=PRECISION)
+        update = tl.dot(inverse, rate[:, None] * errors, input_precision=PRECISION)
+        rounded = update.to(k.dtype.element_ty)
+        if STORE:
+            tl.store(states + number * dim_k * dim_v + in_state, state, mask=state_mask)
+            tl.store(bases + number * dim_k * dim_v + in_state, base, mask=state_mask)
+            at = updates + (begin * heads + head) * dim_v + row[:, None] * (heads * dim_v) + value[None, :]
+            tl.store(at, update, mask=inside[:, None] & (value < dim_v)[None, :])
+        else:
+            queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            scores = tl.where(row[:, None] >= row[None, :], scores, 0.0).to(k.dtype.element_ty)
+            found = tl.dot(queries, state.to(k.dtype.element_ty), input_precision=PRECISION)
+            found += tl.dot(scores, rounded, input_precision=PRECISION)
+            at = out + (begin * heads + head) * dim_v + row[:, None] * (heads * dim_v) + value[None, :]
+            tl.store(at, found.to(out.dtype.element_ty), mask=inside[:, None] & (value < dim_v)[None, :])
+        state += tl.dot(tl.trans(keys), rounded, input_precision=PRECISION)
+    tl.store(final + program * dim_k * dim_v + in_state, state, mask=state_mask)
+
+
+@triton.jit
+def state_grad_kernel(
+    grad_out, grad_final, q, k, beta, inverses, begins, ends, opens, firsts, grad_states, rights, grad_initial,
+    heads, dim_k, dim_v,
+    PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """R = (I + A)^-T (P^T dO + K dW'), dW = dW' + Q^T dO, dW_base -= K^T (beta R), from the last chunk on."""
+    program = tl.program_id(0).to(tl.int64)
+    sequence, head = program // heads, program % heads
+    first, last = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+    row, key = tl.arange(0, TIME), tl.arange(0, KEYS)
+    value = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    state_mask = (key < dim_k)[:, None] & (value < dim_v)[None, :]
+    in_state = key[:, None] * dim_v + value[None, :]
+    grad = tl.load(grad_final + program * dim_k * dim_v + in_state, mask=state_mask, other=0.0)
+    grad_base = tl.zeros((KEYS, VALUES), dtype=tl.float32)
+    for step in range(0, last - first):
+        chunk = last - 1 - step
+        begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+        inside = row < end - begin
+        keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
+        queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
+        grads = _rows(grad_out, begin, row, heads, head, dim_v, value, inside)
+        rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
+        number = chunk * heads + head  # int64, as the bounds of the loop are
+        inverse = tl.load(inverses + number * TIME * TIME + row[:, None] * TIME + row[None, :])
+        tl.store(grad_states + number * dim_k * dim_v + in_state, grad, mask=state_mask)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        scores = tl.where(row[:, None] >= row[None, :], scores, 0.0).to(k.dtype.element_ty)
+        into = tl.dot(tl.trans(scores), grads, input_precision=PRECISION)
+        into += tl.dot(keys, grad.to(k.dtype.element_ty), input_precision=PRECISION)
+        right = tl.dot(tl.trans(inverse), into, input_precision=PRECISION)
+        at = rights + (begin * heads + head) * dim_v + row[:, None] * (heads * dim_v) + value[None, :]
+        tl.store(at, right, mask=inside[:, None] & (value < dim_v)[None, :])
+        scaled = (rate[:, None] * right).to(k.dtype.element_ty)
+        grad += tl.dot(tl.trans(queries), grads, input_precision=PRECISION)
+        grad_base -= tl.dot(tl.trans(keys), scaled, input_precision=PRECISION)
+        opened = tl.load(opens + chunk) != 0
+        grad = tl.where(opened, grad + grad_base, grad)
+        grad_base = tl.where(opened, 0.0, grad_base)
+    tl.store(grad_initial + program * dim_k * dim_v + in_state, grad, mask=state_mask)
+
+
+@triton.jit
+def grad_kernel(
+    grad_out, q, k, v, beta, begins, ends, states, bases, updates, grad_states, rights,
+    grad_q, grad_k, grad_v, grad_beta, heads, dim_k, dim_v, mini_batch,
+    PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's inputs from its states, their gradients, U and R."""
+    program = tl.program_id(0).to(tl.int64)
+    chunk, head = program // heads, program % heads
+    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    row, key = tl.arange(0, TIME), tl.arange(0, KEYS)
+    inside = row < end - begin
+    keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
+    queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
+    rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
+    dq = tl.zeros((TIME, KEYS), dtype=tl.float32)
+    dk = tl.zeros((TIME, KEYS), dtype=tl.float32)
+    dscores = tl.zeros((TIME, TIME), dtype=tl.float32)
+    dsystem = tl.zeros((TIME, TIME), dtype=tl.float32)
+    drate = tl.zeros((TIME,), dtype=tl.float32)
+    for start in range(0, dim_v, VALUES):
+        value = start + tl.arange(0, VALUES)
+        # nothing was stored for the chunks that are too many
+        mask = (key < tl.where(begin < end, dim_k, 0))[:, None] & (value < dim_v)[None, :]
+        in_state = key[:, None] * dim_v + value[None, :]
+        grads = _rows(grad_out, begin, row, heads, head, dim_v, value, inside)
+        values = _rows(v, begin, row, heads, head, dim_v, value, inside).to(tl.float32)
+        update = _rows(updates, begin, row, heads, head, dim_v, value, inside)
+        right = _rows(rights, begin, row, heads, head, dim_v, value, inside)
+        rounded, scaled = update.to(k.dtype.element_ty), rate[:, None] * right
+        at = grad_v + (begin * heads + head) * dim_v + row[:, None] * (heads * dim_v) + value[None, :]
+        tl.store(at, scaled.to(grad_v.dtype.element_ty), mask=inside[:, None] & (value < dim_v)[None, :])
+        scaled = scaled.to(k.dtype.element_ty)
+        state = tl.load(states + program * dim_k * dim_v + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
+        dq += tl.dot(grads, tl.trans(state), input_precision=PRECISION)
+        dstate = tl.load(grad_states + program * dim_k * dim_v + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
+        dk += tl.dot(rounded, tl.trans(dstate), input_precision=PRECISION)
+        base = tl.load(bases + program * dim_k * dim_v + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
+        dk -= tl.dot(scaled, tl.trans(base), input_precision=PRECISION)
+        errors = values - tl.dot(keys, base, input_precision=PRECISION)
+        drate += tl.sum(right * errors, axis=1)
+        dscores += tl.dot(grads, tl.trans(rounded), input_precision=PRECISION)
+        dsystem -= tl.dot(right.to(k.dtype.element_ty), tl.trans(rounded), input_precision=PRECISION)
+    number = row // mini_batch
+    dsystem = tl.where(number[:, None] > number[None, :], dsystem, 0.0)
+    drate += tl.sum(dsystem * tl.dot(keys, tl.trans(keys), input_precision=PRECISION), axis=1)
+    dscores = tl.where(row[:, None] >= row[None, :], dscores, 0.0).to(k.dtype.element_ty)
+    dproducts = rate[:, None] * dsystem
+    dproducts = (dproducts + tl.trans(dproducts)).to(k.dtype.element_ty)
+    dq += tl.dot(dscores, keys, input_precision=PRECISION)
+    dk += tl.dot(tl.trans(dscores), queries, input_precision=PRECISION)
+    dk += tl.dot(dproducts, keys, input_precision=PRECISION)
+    mask = inside[:, None] & (key < dim_k)[None, :]
+    at = (begin * heads + head) * dim_k + row[:, None] * (heads * dim_k) + key[None, :]
+    tl.store(grad_q + at, dq.to(grad_q.dtype.element_ty), mask=mask)
+    tl.store(grad_k + at, dk.to(grad_k.dtype.element_ty), mask=mask)
+    tl.store(grad_beta + begin * heads + head + row * heads, drate, mask=inside)
+
+
+class _Chunks(NamedTuple):
+    """Where chunks begin and end, whether a mini-batch begins there, and each sequence's first one.
+
+    All on the device: to know how many there are, the GPU would have to be waited for. Those too many are empty.
+    """
+
+    begins: Tensor
+    ends: Tensor
+    opens: Tensor
+    firsts: Tensor
+    most: int
+
+
+def _chunks(offsets: Tensor, tokens: int, mini_batch: int) -> _Chunks:
+    """Chunks of whole mini-batches, or equal shares of one."""
+    lengths = offsets.diff()
+    if mini_batch <= TIME:
+        size = TIME // mini_batch * mini_batch
+        counts = (lengths + size - 1) // size
+        most = tokens // size + lengths.shape[0]
+    else:
+        shares = triton.cdiv(mini_batch, TIME)
+        rest = lengths % mini_batch
+        counts = lengths // mini_batch * shares + (rest + TIME - 1) // TIME
+        most = (tokens // mini_batch + lengths.shape[0]) * shares
+    firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    number = torch.arange(most, device=offsets.device)
+    sequence = torch.searchsorted(firsts, number, right=True) - 1
+    known = sequence < lengths.shape[0]
+    sequence = sequence.clamp(max=lengths.shape[0] - 1)
+    within = number - firsts[sequence]
+    if mini_batch <= TIME:
+        start, stop = within * size, within * size + size
+    else:
+        start = within // shares * mini_batch + within % shares * TIME
+        stop = torch.minimum(start + TIME, (within // shares + 1) * mini_batch)
+    begins, ends = offsets[sequence] + start, torch.minimum(offsets[sequence] + stop, offsets[sequence + 1])
+    opens = (start % mini_batch == 0).to(torch.int64)
+    return _Chunks(begins.where(known, 0), ends.where(known, 0), opens, firsts, most)
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _keys(dim_k: int) -> int:
+    for size in KEYS:
+        if dim_k <= size:
+            return size
+    raise ValueError(f"q: the Triton kernels take keys of up to {KEYS[-1]} numbers, got {dim_k}")
+
+
+def _values(dtype: torch.dtype) -> int:
+    return VALUES if dtype.itemsize == 2 else VALUES // 2
+
+
+def _warps(keys: int) -> int:
+    return 4 if keys == KEYS[0] else 8
+
+
+def _sizes(dim_k: int) -> dict[str, Any]:
+    keys = _keys(dim_k)
+    return {"PRECISION": _precision(), "TIME": TIME, "KEYS": keys, "num_warps": _warps(keys), "num_stages": 1}
+
+
+def _inverses(k: Tensor, beta: Tensor, chunks: _Chunks, mini_batch: int) -> Tensor:
+    _, heads, dim_k = k.shape
+    inverses = torch.empty((chunks.most, heads, TIME, TIME), dtype=torch.float32, device=k.device)
+    inverse_kernel[(chunks.most * heads,)](
+        k, beta, chunks.begins, chunks.ends, inverses, heads, dim_k, min(mini_batch, TIME), **_sizes(dim_k)
+    )
+    return inverses
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    mini_batch: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The op's forward; shapes as in `reference`. In float64, which tensor cores don't have, in plain PyTorch."""
+    if initial.dtype == torch.float64:
+        return cpu.vectorised(q, k, v, beta, initial, offsets, mini_batch, chunk_size)
+    q, k, v, initial = (tensor.contiguous() for tensor in (q, k, v, initial))
+    beta = beta.float().contiguous()
+    (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
+    chunks = _chunks(offsets, tokens, mini_batch)
+    inverses = _inverses(k, beta, chunks, mini_batch)
+    out, final = torch.empty_like(v), torch.empty_like(initial)
+    forward_kernel[(initial.shape[0] * heads, triton.cdiv(dim_v, width))](
+        q, k, v, beta, inverses, initial, *chunks[:4], out, final, None, None, None, heads, dim_k, dim_v,
+        STORE=False, VALUES=width, **_sizes(dim_k),
+    )  # fmt: skip
+    return out, final
+
+
+def delta_rule_backward(
+    grad_out: Tensor,
+    grad_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    mini_batch: int,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of all inputs; states are computed again."""
+    given = (q, k, v, beta, initial)
+    if initial.dtype == torch.float64:
+        return cpu.vectorised_backward(grad_out, grad_final, *given, offsets, mini_batch, chunk_size)
+    grad_out, grad_final, q, k, v, initial = (x.contiguous() for x in (grad_out, grad_final, q, k, v, initial))
+    beta = beta.float().contiguous()
+    (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
+    chunks = _chunks(offsets, tokens, mini_batch)
+    inverses = _inverses(k, beta, chunks, mini_batch)
+    states, bases, grad_states = torch.empty(
+        (3, chunks.most, heads, dim_k, dim_v), dtype=torch.float32, device=q.device
+    )
+    updates, rights = torch.empty((2, *v.shape), dtype=torch.float32, device=q.device)
+    grads = tuple(torch.empty_like(x) for x in (q, k, v, beta, initial))
+    grid, sizes = (initial.shape[0] * heads, triton.cdiv(dim_v, width)), _sizes(dim_k)
+    forward_kernel[grid](
+        q, k, v, beta, inverses, initial, *chunks[:4], None, torch.empty_like(initial), states, bases, updates,
+        heads, dim_k, dim_v, STORE=True, VALUES=width, **sizes,
+    )  # fmt: skip
+    state_grad_kernel[grid](
+        grad_out, grad_final, q, k, beta, inverses, *chunks[:4], grad_states, rights, grads[4],
+        heads, dim_k, dim_v, VALUES=width, **sizes,
+    )  # fmt: skip
+    grad_kernel[(chunks.most * heads,)](
+        grad_out, q, k, v, beta, chunks.begins, chunks.ends, states, bases, updates, grad_states, rights,
+        *grads[:4], heads, dim_k, dim_v, min(mini_batch, TIME), VALUES=VALUES // 2, **sizes,
+    )  # fmt: skip
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
+
+
+def launches() -> list[Launch]:
+    """Every configuration that can be chosen, for the static analysis."""
+    found = []
+    states = (
+        "beta", "inverses", "initial", "final", "states", "bases", "updates", "grad_final", "grad_states", "rights",
+        "grad_initial", "grad_beta",
+    )  # fmt: skip
+    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
+        for keys in KEYS:
+            shape = {"PRECISION": precision, "TIME": TIME, "KEYS": keys}
+            kernels: tuple[tuple[Any, dict[str, Any], tuple[str, ...]], ...] = (
+                (inverse_kernel, {}, ()),
+                (forward_kernel, {"STORE": False, "VALUES": _values(dtype)}, ("states", "bases", "updates")),
+                (forward_kernel, {"STORE": True, "VALUES": _values(dtype)}, ("out",)),
+                (state_grad_kernel, {"VALUES": _values(dtype)}, ()),
+                (grad_kernel, {"VALUES": VALUES // 2}, ()),
+            )
+            found += [
+                Launch(
+                    kernel,
+                    {**shape, **constants},
+                    dtype,
+                    states=states,
+                    integers=("begins", "ends", "opens", "firsts"),
+                    scalars=("heads", "dim_k", "dim_v", "mini_batch"),
+                    absent=absent,
+                    warps=_warps(keys),
+                    label=f"{keys} {precision}" + (" states" if constants.get("STORE") else ""),
+                    matmul=dtype != torch.float32,
+                )
+                for kernel, constants, absent in kernels
+            ]
+    return found
