@@ -78,9 +78,7 @@ def test_pieces_on_several_ranks_are_the_whole(world: int, tmp_path: Path) -> No
         for key, leaf in leaves.items():
             if key in TOKENS:
                 grad = torch.cat([piece[key] for piece in mine], 1)
-            elif (
-                key == "D"
-            ):  # a parameter of all ranks: gradients are summed, as in data-parallel training
+            elif key == "D":  # a parameter of all ranks: gradients are summed, as in data-parallel training
                 grad = torch.stack([piece[key] for piece in mine]).sum(0)
             else:
                 grad = mine[0][key]
