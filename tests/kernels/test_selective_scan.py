@@ -63,6 +63,15 @@ CASES = [
         lengths=LENGTHS,
         interpreter_tiles=TILES,
     ),
+    ScanCase(
+        "selective_scan-slices",  # of the state, on a GPU
+        selective_scan,
+        _inputs,
+        (*TOKENS, "z"),
+        options={"delta_softplus": True},
+        lengths=(1, 9),
+        interpreter_tiles={**TILES, "WIDEST": 2},
+    ),
     ScanCase("selective_scan-bare", selective_scan, _bare_inputs, TOKENS, lengths=(1, 17), interpreter_tiles=TILES),
 ]
 

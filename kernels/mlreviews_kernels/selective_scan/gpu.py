@@ -21,6 +21,7 @@ from mlreviews_kernels.static import Launch
 
 ROWS = 8  # steps in a tile, of which each chunk has a whole number
 WARPS = 4
+WIDEST = 16  # states of a kernel; more would not fit the registers, and are taken in slices
 SPAN = 64  # channels of a program of the backward: each program has its own copy of the gradients of B and C
 
 
@@ -320,16 +321,19 @@ def selective_scan(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward; shapes as in `reference`, the states before each chunk in the rows that `border_rows` tells."""
-    inputs = _contiguous(u, delta, A, B, C, D, z, delta_bias, initial, offsets)
-    (sequences, channels, states), groups = initial.shape, B.shape[1]
-    y, final = torch.empty_like(inputs[0]), torch.empty_like(inputs[8])
-    borders = initial.new_zeros(border_rows(u.shape[0], sequences), channels, states)
-    constants = constants_for(channels // groups, states, delta_softplus)
-    blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
-    forward_kernel[sequences, groups * blocks](
-        *inputs, y, final, borders, channels, groups, states, blocks, **constants, num_warps=WARPS
-    )
-    return y, final, borders
+    if A.shape[1] <= WIDEST:
+        return _scan(u, delta, A, B, C, D, z, delta_bias, initial, offsets, delta_softplus)
+    wide_u, wide_delta = u.float(), delta.float()
+    parts = []
+    for part in _slices(A.shape[1]):
+        own = A[:, part], B[..., part].float(), C[..., part].float()
+        parts.append(
+            _scan(wide_u, wide_delta, *own, None, None, delta_bias, initial[..., part], offsets, delta_softplus)
+        )
+    ys, finals, borders = zip(*parts, strict=True)
+    y = sum(ys) if D is None else sum(ys) + D * wide_u
+    y = y if z is None else y * torch.nn.functional.silu(z.float())
+    return y.to(u.dtype).contiguous(), torch.cat(finals, -1), torch.cat(borders, -1)
 
 
 def selective_scan_backward(
@@ -349,6 +353,102 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, the initial state, and of those of D, z, delta_bias that aren't None."""
+    if A.shape[1] <= WIDEST:
+        saved = u, delta, A, B, C, D, z, delta_bias, initial, offsets, borders
+        return _scan_backward(grad_y, grad_final, *saved, delta_softplus)
+    grad_out, of_z = grad_y.float(), None
+    if z is not None:
+        ungated, _, _ = selective_scan(
+            u.float(), delta.float(), A, B, C, D, None, delta_bias, initial, offsets, delta_softplus
+        )
+        gate = z.float().sigmoid()
+        of_z = (grad_out * ungated * gate * (1 + z * (1 - gate))).to(z.dtype)
+        grad_out = grad_out * z * gate
+    wide_u, wide_delta = u.float(), delta.float()
+    parts = []
+    for part in _slices(A.shape[1]):
+        own = A[:, part], B[..., part].float(), C[..., part].float()
+        states = initial[..., part], offsets, borders[..., part]
+        parts.append(
+            _scan_backward(
+                grad_out,
+                grad_final[..., part],
+                wide_u,
+                wide_delta,
+                *own,
+                None,
+                None,
+                delta_bias,
+                *states,
+                delta_softplus,
+            )
+        )
+    of_u, of_delta, of_A, of_B, of_C, of_state, *of_bias = zip(*parts, strict=True)
+    grad_u = sum(of_u) if D is None else sum(of_u) + grad_out * D
+    of_D = None if D is None else (grad_out * wide_u).sum(0)
+    joined = (torch.cat(parts, -1) for parts in (of_A, of_B, of_C, of_state))
+    grad_A, grad_B, grad_C, grad_state = joined
+    grads = (
+        grad_u.to(u.dtype),
+        sum(of_delta).to(delta.dtype),
+        grad_A,
+        grad_B.to(B.dtype),
+        grad_C.to(C.dtype),
+        grad_state,
+        of_D,
+        of_z,
+        sum(of_bias[0]) if of_bias else None,
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+def _slices(states: int) -> list[slice]:
+    return [slice(start, start + WIDEST) for start in range(0, states, WIDEST)]
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor,
+    offsets: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's forward for at most `WIDEST` states."""
+    inputs = _contiguous(u, delta, A, B, C, D, z, delta_bias, initial, offsets)
+    (sequences, channels, states), groups = initial.shape, B.shape[1]
+    y, final = torch.empty_like(inputs[0]), torch.empty_like(inputs[8])
+    borders = initial.new_zeros(border_rows(u.shape[0], sequences), channels, states)
+    constants = constants_for(channels // groups, states, delta_softplus)
+    blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
+    forward_kernel[sequences, groups * blocks](
+        *inputs, y, final, borders, channels, groups, states, blocks, **constants, num_warps=WARPS
+    )
+    return y, final, borders
+
+
+def _scan_backward(
+    grad_y: Tensor,
+    grad_final: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor,
+    offsets: Tensor,
+    borders: Tensor,
+    delta_softplus: bool,
+) -> list[Tensor]:
+    """The op's backward for at most `WIDEST` states."""
     inputs = _contiguous(grad_y, u, delta, A, B, C, D, z, delta_bias, offsets, borders)
     (sequences, channels, states), tokens, groups = initial.shape, u.shape[0], B.shape[1]
     constants = constants_for(channels // groups, states, delta_softplus)
@@ -382,14 +482,14 @@ def constants_for(channels: int, states: int, softplus: bool) -> dict[str, Any]:
 
 
 def launches() -> list[Launch]:
-    """Every configuration for the state of published models, 16, for the static analysis."""
+    """Every configuration at the largest number of states, for the static analysis; fewer take no more registers."""
     scalars = ("channels", "groups", "states", "blocks", "tokens", "span")
     fixed = ("A_in", "D_in", "bias_in", "initial", "final", "borders", "tile_states")
     sums = ("of_A", "of_B", "of_C", "of_state", "of_D", "of_bias")
     return [
         Launch(
             kernel,
-            constants_for(1536, 16, True),
+            constants_for(1536, WIDEST, True),
             dtype,
             states=(*fixed, *sums),
             scalars=scalars,
