@@ -180,23 +180,23 @@ def _selective_attention_backward(
     scale: float,
     tau: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads, inputs, options = (grad_out, grad_selection, grad_memory), (q, k, v, initial), (selector, scale, tau)
+    grads, inputs = (grad_out, grad_selection, grad_memory), (q, k, v, initial)
     if backend_of(choice) == "reference":
 
-        def differentiable(*x: Tensor) -> tuple[Tensor, ...]:
-            found = reference.selective_attention(*x, mask, *options)
+        def differentiable(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
+            found = reference.selective_attention(q, k, v, initial, mask, selector, scale, tau)
             return found[0], found[2], found[3]
 
         found = gradients(differentiable, inputs, grads)
     else:
         run = implementation(CORE, backend_of(choice)).selective_attention_backward
-        found = run(*grads, *inputs, mask, out, lse, *options)
+        found = run(*grads, *inputs, mask, out, lse, selector, scale, tau)
     return found[0], found[1], found[2], found[3]
 
 
 @_selective_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, initial: Tensor, *_: object) -> tuple[Tensor, ...]:
-    batch, queries, heads, _ = q.shape
+def _(q: Tensor, k: Tensor, v: Tensor, initial: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    batch, queries, heads = q.shape[:3]
     out = q.new_empty((batch, queries, heads, v.shape[3]))
     lse, memory = initial.new_empty((batch, heads, queries)), initial.new_empty((batch, queries))
     return out, lse, initial.new_empty(initial.shape), memory, empty_choice()
