@@ -230,6 +230,8 @@ class TestLayers:
     def test_starts_where_the_paper_does(self, kind: type[Layer]) -> None:
         layer = kind(64, 2, generator=_rng())
         assert (layer.mini_batch, layer.eta_base) == (16, 1.0 if kind is TTTLinear else 0.1)
+        assert layer.inner_ln
+        assert layer.inner_residual
         torch.testing.assert_close(layer.token_scale(), 1 / torch.arange(1.0, 17))
         for name, values in layer.named_parameters():
             if "bias" in name or "token" in name or name in ("b1", "b2"):
@@ -238,8 +240,20 @@ class TestLayers:
                 assert values.std().item() == pytest.approx(0.02, rel=0.3)
             elif "norm" in name:
                 assert (values == 1).all()
-        if kind is TTTMLP:
-            assert (layer.W1.shape, layer.W2.shape) == ((2, 32, 128), (2, 128, 32))
+        # Names and shapes of the authors' code, so that its layers load.
+        shapes = {f"{name}_proj.weight": (64, 64) for name in "qkvo"} | {"learnable_token_idx": (16,)}
+        shapes |= {"learnable_ttt_lr_weight": (2, 1, 64), "learnable_ttt_lr_bias": (2, 1)}
+        shapes |= {
+            "ttt_norm_weight": (2, 32),
+            "ttt_norm_bias": (2, 32),
+            "post_norm.weight": (64,),
+            "post_norm.bias": (64,),
+        }
+        if kind is TTTLinear:
+            shapes |= {"W1": (2, 32, 32), "b1": (2, 1, 32)}
+        else:
+            shapes |= {"W1": (2, 32, 128), "b1": (2, 1, 128), "W2": (2, 128, 32), "b2": (2, 1, 32)}
+        assert {name: tuple(values.shape) for name, values in layer.state_dict().items()} == shapes
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self, kind: type[Layer]) -> None:
