@@ -225,8 +225,9 @@ class TestAdaptedForward:
         for weights, first in ((x[:1, :2, 0], 0), (x[:, :2, 0], TIME - 1), (x[:, :2, 0], -1), (x[:, :0, 0], 0)):
             with pytest.raises(ValueError, match=r"weights: expected \[2, K\] for tokens from .* of 13, got shape"):
                 adapted_forward(block, x, weights, first, bias)
-        with pytest.raises(ValueError, match="weights: expected"):
-            adapted_forward(block, x, x[:, :2], 0, bias)
+        for weights in (x[:, :2], x[:, 0, 0], x[0, 0, 0]):
+            with pytest.raises(ValueError, match="weights: expected"):
+                adapted_forward(block, x, weights, 0, bias)
         with pytest.raises(ValueError, match=r"ret_bias: expected \[12\], got shape \(11,\)"):
             adapted_forward(block, x, x[:, :2, 0], TIME - 2, bias[1:])
 

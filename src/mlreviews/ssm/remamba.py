@@ -164,7 +164,7 @@ def adapted_forward(
         ValueError: shapes don't go together, or the tokens don't lie within the sequence.
     """
     check_sequence(x, block.d_model)
-    last = first + weights.shape[-1]
+    last = first + (weights.shape[1] if weights.ndim == 2 else 0)
     if weights.ndim != 2 or weights.shape[0] != x.shape[0] or not 0 <= first < last <= x.shape[1]:
         raise ValueError(
             f"weights: expected [{x.shape[0]}, K] for tokens from {first} on of {x.shape[1]}, "
