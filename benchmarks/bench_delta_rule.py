@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import Candidate, Measurement, measure, parser, report, use_threads
+from harness import Candidate, Measurement, lengths, measure, parser, report, use_threads
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -121,7 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
             errors(found, shape, mini_batch)
             settings = dict(zip(names, (*shape, mini_batch), strict=True))
             report(f"delta_rule_{mini_batch}_{name}{suffix}", found, arguments, settings=settings)
-    for time in (128, 512) if arguments.quick else (1024, 4096, 16384, 65536):
+    for time in lengths(arguments):
         long = (time, 2, 64)
         found = measure(candidates(long, 1, backwards=True, slow=False), rounds=3, memory=not arguments.quick)
         errors(found, long, 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Candidate, Measurement, measure, parser, report, use_threads
+from harness import Candidate, Measurement, lengths, measure, parser, report, use_threads
 from torch import Tensor
 
 from mlreviews_kernels import use_backend
@@ -50,9 +50,10 @@ def loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     decay = torch.exp(delta[..., None] * A)
     entering = (delta * u)[..., None] * B[:, :, None]
     h, outputs = torch.zeros_like(decay[:, 0]), []
-    for t in range(u.shape[1]):
-        h = decay[:, t] * h + entering[:, t]
-        outputs.append((h @ C[:, t, :, None])[..., 0])
+    # indexing by time would make backward quadratic
+    for decay_t, entering_t, C_t in zip(decay.unbind(1), entering.unbind(1), C.unbind(1), strict=True):
+        h = decay_t * h + entering_t
+        outputs.append((h @ C_t[..., None])[..., 0])
     return torch.stack(outputs, 1)
 
 
@@ -161,7 +162,7 @@ def main(arguments: argparse.Namespace) -> None:
         errors(found, shape)
         settings = dict(zip(axes, shape, strict=True)) | {"mambapy": bool(util.find_spec("mambapy"))}
         report(f"selective_scan_{name}{suffix}", found, arguments, settings=settings)
-    for time in (128, 512) if arguments.quick else (1024, 4096, 16384, 65536):
+    for time in lengths(arguments):
         long = (1, time, shape[2] // 6 * 2, shape[3])
         found = measure(candidates(long, backward, peers=False), rounds=arguments.rounds or 3)
         errors(found, long)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import Candidate, Measurement, measure, parser, report, use_threads
+from harness import Candidate, Measurement, lengths, measure, parser, report, use_threads
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -128,7 +128,7 @@ def main(arguments: argparse.Namespace) -> None:
         found = measure(candidates(shape, backwards, slow=True), rounds=rounds, memory=not arguments.quick)
         errors(found, shape)
         report(f"ssd_{name}{suffix}", found, arguments, settings=dict(zip(names, shape, strict=True)))
-    for time in (128, 512) if arguments.quick else (1024, 4096, 16384, 65536):
+    for time in lengths(arguments):
         long = (time, 4, 64, 64)
         found = measure(candidates(long, backwards=True, slow=False), rounds=3, memory=not arguments.quick)
         errors(found, long)
