@@ -127,7 +127,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     options.add_argument("--rounds", type=int, help="timed rounds (an odd number has a median that was measured)")
     options.add_argument("--threads", type=int, help="threads of torch; default: what torch chooses")
-    options.add_argument("--no-growth", action="store_true", help="only the main shapes, not the growth with the length")
+    options.add_argument(
+        "--no-growth", action="store_true", help="only the main shapes, not the growth with the length"
+    )
     options.add_argument("--out", type=Path, help=f"folder for the JSON record; default: benchmarks/{RESULTS.name}")
     return options
 
