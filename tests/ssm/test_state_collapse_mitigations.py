@@ -226,6 +226,11 @@ class TestClipping:
             reached += int((norms > 6 - 1e-9).sum())
         assert reached > 10
 
+    def test_small_queries_are_no_reason_not_to_cut(self) -> None:
+        x, log_a, B, C = _inputs()
+        (y, state), (small, same) = (clipped_ssd(x, log_a, B, scale * C, 2.0) for scale in (1.0, 1e-3))
+        torch.testing.assert_close((1e3 * small, same), (y, state))
+
     def test_large_inputs_saturate(self) -> None:
         x, log_a, B, C = _inputs()
         (y, state), (other, same) = (clipped_ssd(scale * x, log_a, B, C, 2.0) for scale in (1e6, 1e9))

@@ -164,8 +164,9 @@ def _mitigations(model: SequenceModel, size: Size, windows: Tensor) -> dict[str,
 
 def _mitigated(model: SequenceModel, scans: Sequence[Any], windows: Tensor) -> Tensor:
     plain = [block.mixer for block in model.blocks]
-    for block, scan in zip(model.blocks, scans, strict=True):
-        block.mixer = MitigatedMamba2(block.get_submodule("mixer"), scan)
+    for block, mixer, scan in zip(model.blocks, plain, scans, strict=True):
+        assert isinstance(mixer, Mamba2Block)
+        block.mixer = MitigatedMamba2(mixer, scan)
     losses = _losses(model, windows)
     for block, mixer in zip(model.blocks, plain, strict=True):
         block.mixer = mixer
