@@ -170,10 +170,10 @@ def test_growing_and_alternating_states(how: str) -> None:
     torch.testing.assert_close(h[0, :, 1], steps % 2)
 
 
-@pytest.mark.parametrize("channels", [1, 15, 257, 700])
+@pytest.mark.parametrize("channels", [1, 15, 1025, 2100])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_compiled_blocks_of_channels(channels: int, threads: int) -> None:
-    # blocks of 256 channels, narrower ones where there are few tasks: the result is the same to the last bit
+    # blocks of 1,024 channels, narrower ones where there are few tasks: the result is the same to the last bit
     a, b = _random(3, 6, channels, dtype=torch.float32), _random(3, 6, channels, seed=1, dtype=torch.float32)
     before = torch.get_num_threads()
     found = []
