@@ -135,8 +135,8 @@ def _call(
 def _check(q: Tensor, k: Tensor, v: Tensor, selector: int) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
-            heads = "heads" if name == "q" else "kv_heads"
-            raise ValueError(f"{name}: expected [batch, time, {heads}, dim], got {tuple(tensor.shape)}")
+            axis = "heads" if name == "q" else "kv_heads"
+            raise ValueError(f"{name}: expected [batch, time, {axis}, dim], got {tuple(tensor.shape)}")
     check_floating("q", q)
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]

@@ -175,8 +175,8 @@ EXPORT void selective_attention(const float* q, const float* k, const float* v, 
                                 int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
                                 int64_t dim, int64_t v_dim, int64_t selector, float scale, float tau, int threads) {
     const Sizes size{batch, queries, keys, heads, kv_heads, dim, v_dim, selector, scale, tau};
-    const int64_t wide = size.wide(), v_wide = size.v_wide(), blocks = size.query_blocks(), chosen = size.kv_head(selector);
-    const int64_t key_blocks = size.key_blocks();
+    const int64_t wide = size.wide(), v_wide = size.v_wide(), chosen = size.kv_head(selector);
+    const int64_t blocks = size.query_blocks(), key_blocks = size.key_blocks();
     const Tokens tokens(size, mask);
     Scratch keys_packed(batch * kv_heads * key_blocks * COLUMNS * wide);
     Scratch values(batch * kv_heads * key_blocks * COLUMNS * v_wide), selecting(batch * queries * wide);
@@ -283,8 +283,8 @@ EXPORT void selective_attention_backward(const float* grad_out, const float* gra
                                          int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                                          int64_t v_dim, int64_t selector, float scale, float tau, int threads) {
     const Sizes size{batch, queries, keys, heads, kv_heads, dim, v_dim, selector, scale, tau};
-    const int64_t wide = size.wide(), v_wide = size.v_wide(), blocks = size.query_blocks(), chosen = size.kv_head(selector);
-    const int64_t key_blocks = size.key_blocks();
+    const int64_t wide = size.wide(), v_wide = size.v_wide();
+    const int64_t blocks = size.query_blocks(), key_blocks = size.key_blocks();
     const Tokens tokens(size, mask);
     const int64_t workers =
         std::min({(threads + batch - 1) / batch, std::max<int64_t>(1, key_blocks / 2), (int64_t)16});

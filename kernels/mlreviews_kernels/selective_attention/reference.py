@@ -28,7 +28,8 @@ def selective_attention(
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     # the query heads of a kv head as further queries: its keys are not repeated
-    grouped = q.to(initial.dtype).transpose(1, 2).reshape(batch, kv_heads, -1, dim)
+    rows = heads // kv_heads * queries
+    grouped = q.to(initial.dtype).transpose(1, 2).reshape(batch, kv_heads, rows, dim)
     wide_k, wide_v = (x.to(initial.dtype).transpose(1, 2) for x in (k, v))
     logits = (scale * grouped @ wide_k.mT).reshape(batch, heads, queries, keys)
     total = accumulated(logits[:, selector], initial, mask)
@@ -39,7 +40,7 @@ def selective_attention(
     empty = ~visible.any(-1)[:, None, :, None]
     masked = (logits - F[:, None]).masked_fill(~visible[:, None], float("-inf")).masked_fill(empty, 0.0)
     weights = torch.softmax(masked, -1).masked_fill(empty, 0.0)
-    out = (weights.reshape(batch, kv_heads, -1, keys) @ wide_v).reshape(batch, heads, queries, -1)
+    out = (weights.reshape(batch, kv_heads, rows, keys) @ wide_v).reshape(batch, heads, queries, v.shape[3])
     lse = torch.logsumexp(masked, -1).masked_fill(empty[..., 0], float("-inf"))
     memory = (1.0 - F.clamp(max=tau) / tau).masked_fill(~visible, 0.0).sum(-1)
     return out.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse, selection, memory

@@ -1,0 +1,464 @@
+"""Triton kernels of `selective_attention`: F for a span of queries, then attention with F as a bias.
+
+A span is a fixed number of queries, so that its F, shared by the heads, takes memory linear in the keys. Forward:
+`select_kernel` accumulates F, `forward_kernel` is attention in tiles. Backward, from the last span to the first: F
+again; its gradient, added up over the heads (`grad_selection_kernel`); what the selector's logits get of it
+(`select_backward_kernel`); then `grad_q_kernel` by query blocks and `grad_kv_kernel` by key blocks. Nothing is added
+atomically. In float32 products are exact unless `torch.set_float32_matmul_precision` asks for less.
+"""
+
+# Triton kernels are not annotated: their arguments are pointers and compile-time constants.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mlreviews_kernels.selective_attention import cpu
+from mlreviews_kernels.static import Launch
+
+SIDE = 64  # queries and keys of a tile in half precision; half as many in float32
+SPAN = 512  # queries whose F is kept
+WIDEST = 128  # head dimension; wider ones run in plain PyTorch
+
+
+@triton.jit
+def _rows(pointer, batch, time, heads, head, row, dim, mask, DIM: tl.constexpr):
+    """Some rows of one head of ``[batch, time, heads, dim]``, with zeros around them."""
+    column = tl.arange(0, DIM)
+    at = pointer + ((batch * time + row[:, None]) * heads + head) * dim + column[None, :]
+    return tl.load(at, mask=mask[:, None] & (column < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(pointer, batch, time, heads, head, row, dim, mask, values, DIM: tl.constexpr):
+    column = tl.arange(0, DIM)
+    at = pointer + ((batch * time + row[:, None]) * heads + head) * dim + column[None, :]
+    tl.store(at, values.to(pointer.dtype.element_ty), mask=mask[:, None] & (column < dim)[None, :])
+
+
+@triton.jit
+def _selected(logits, counts, firsts, batch, queries, keys, row, column, inside):
+    """Which logits of the selector select, and which keys the queries see: two masks."""
+    position = keys - queries + row
+    key_counts = tl.load(counts + batch * keys + column, mask=column < keys, other=0.0) > 0.0
+    query_counts = tl.load(counts + batch * keys + position, mask=inside, other=0.0) > 0.0
+    spared = column == tl.load(firsts + batch)
+    earlier = (column[None, :] < position[:, None]) & (key_counts & ~spared)[None, :]
+    visible = (column[None, :] <= position[:, None]) & key_counts[None, :]
+    return earlier & query_counts[:, None] & (logits > 0.0), visible
+
+
+@triton.jit
+def select_kernel(
+    q, k, counts, firsts, carry, F, queries, keys, heads, kv_heads, dim, selector, start, stop, scale,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """F of the queries of a span for one block of keys, infinite where they see nothing; carry goes to the next."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(keys, SIDE)
+    batch, block = (program // blocks).to(tl.int64), program % blocks
+    column = block * SIDE + tl.arange(0, SIDE)
+    ks = _rows(k, batch, keys, kv_heads, selector // (heads // kv_heads), column, dim, column < keys, DIM)
+    total = tl.load(carry + batch * keys + column, mask=column < keys, other=0.0)
+    above = tl.maximum(block * SIDE - (keys - queries) - start, 0) // SIDE * SIDE  # queries that see none of them
+    for first in range(start + above, stop, SIDE):
+        row = first + tl.arange(0, SIDE)
+        inside = row < stop
+        qs = _rows(q, batch, queries, heads, selector, row, dim, inside, DIM)
+        logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale
+        selects, visible = _selected(logits, counts, firsts, batch, queries, keys, row, column, inside)
+        S = tl.where(selects, logits, 0.0)
+        before = total[None, :] + (tl.cumsum(S, axis=0) - S)
+        at = F + (batch * (stop - start) + row[:, None] - start) * keys + column[None, :]
+        tl.store(at, tl.where(visible, before, float("inf")), mask=inside[:, None] & (column < keys)[None, :])
+        total += tl.sum(S, axis=0)
+    tl.store(carry + batch * keys + column, total, mask=column < keys)
+
+
+@triton.jit
+def _bias(F, batch, keys, row, column, start, stop):
+    at = F + (batch * (stop - start) + row[:, None] - start) * keys + column[None, :]
+    return tl.load(at, mask=(row < stop)[:, None] & (column < keys)[None, :], other=float("inf"))
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, F, out, lse, memory, queries, keys, heads, kv_heads, dim, v_dim, start, stop, scale, tau,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """softmax(L - F) V of one head and one block of queries; with head 0, the memory term."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(stop - start, SIDE)
+    head, rest = program % heads, program // heads
+    batch, block = (rest // blocks).to(tl.int64), blocks - 1 - rest % blocks  # the long ones first
+    row = start + block * SIDE + tl.arange(0, SIDE)
+    inside = row < stop
+    kv_head = head // (heads // kv_heads)
+    qs = _rows(q, batch, queries, heads, head, row, dim, inside, DIM)
+    highest = tl.full((SIDE,), float("-inf"), dtype=tl.float32)
+    sums = tl.zeros((SIDE,), dtype=tl.float32)
+    left = tl.zeros((SIDE,), dtype=tl.float32)
+    outs = tl.zeros((SIDE, DIM), dtype=tl.float32)
+    for first in range(0, tl.minimum(keys, keys - queries + start + (block + 1) * SIDE), STEP):
+        column = first + tl.arange(0, STEP)
+        ks = _rows(k, batch, keys, kv_heads, kv_head, column, dim, column < keys, DIM)
+        F_tile = _bias(F, batch, keys, row, column, start, stop)
+        logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale - F_tile
+        if head == 0:
+            left += tl.sum(tl.where(F_tile < tau, 1.0 - F_tile / tau, 0.0), axis=1)
+        most = tl.maximum(highest, tl.max(logits, axis=1))
+        shift = tl.where(most == float("-inf"), 0.0, most)
+        weights = tl.exp(logits - shift[:, None])
+        kept = tl.exp(highest - shift)
+        sums = sums * kept + tl.sum(weights, axis=1)
+        vs = _rows(v, batch, keys, kv_heads, kv_head, column, v_dim, column < keys, DIM)
+        outs = outs * kept[:, None]
+        outs += tl.dot(weights.to(vs.dtype), vs, input_precision=PRECISION)
+        highest = most
+    some = sums > 0.0
+    safe = tl.where(some, sums, 1.0)
+    _store_rows(out, batch, queries, heads, head, row, v_dim, inside, outs / safe[:, None], DIM)
+    found = tl.where(some, highest + tl.log(safe), float("-inf"))
+    tl.store(lse + (batch * heads + head) * queries + row, found, mask=inside)
+    if head == 0:
+        tl.store(memory + batch * queries + row, left, mask=inside)
+
+
+@triton.jit
+def _weights(qs, ks, vs, dos, F_tile, shift, mean, scale, PRECISION: tl.constexpr):
+    """P and the gradient of its logits."""
+    logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale - F_tile
+    P = tl.exp(logits - shift[:, None])
+    dP = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
+    return P, P * (dP - mean[:, None])
+
+
+@triton.jit
+def _statistics(lse, delta, at, row, inside):
+    shift = tl.load(lse + at + row, mask=inside, other=0.0)
+    return tl.where(shift == float("-inf"), 0.0, shift), tl.load(delta + at + row, mask=inside, other=0.0)
+
+
+@triton.jit
+def grad_selection_kernel(
+    q, k, v, grad_out, F, lse, delta, grad_memory, grad_F,
+    queries, keys, heads, kv_heads, dim, v_dim, start, stop, scale, tau,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile of F, from all heads and the memory term."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(keys, SIDE)
+    block, rest = program % blocks, program // blocks
+    row_blocks = tl.cdiv(stop - start, SIDE)
+    batch, row_block = (rest // row_blocks).to(tl.int64), rest % row_blocks
+    row = start + row_block * SIDE + tl.arange(0, SIDE)
+    column = block * SIDE + tl.arange(0, SIDE)
+    inside = row < stop
+    if block * SIDE <= keys - queries + start + (row_block + 1) * SIDE - 1:
+        F_tile = _bias(F, batch, keys, row, column, start, stop)
+        less = tl.load(grad_memory + batch * queries + row, mask=inside, other=0.0) / tau
+        grads = tl.where(F_tile <= tau, -less[:, None], 0.0)
+        for head in range(0, heads):
+            kv_head = head // (heads // kv_heads)
+            qs = _rows(q, batch, queries, heads, head, row, dim, inside, DIM)
+            dos = _rows(grad_out, batch, queries, heads, head, row, v_dim, inside, DIM)
+            ks = _rows(k, batch, keys, kv_heads, kv_head, column, dim, column < keys, DIM)
+            vs = _rows(v, batch, keys, kv_heads, kv_head, column, v_dim, column < keys, DIM)
+            shift, mean = _statistics(lse, delta, (batch * heads + head) * queries, row, inside)
+            grads -= _weights(qs, ks, vs, dos, F_tile, shift, mean, scale, PRECISION)[1]
+        at = grad_F + (batch * (stop - start) + row[:, None] - start) * keys + column[None, :]
+        tl.store(at, grads, mask=inside[:, None] & (column < keys)[None, :])
+
+
+@triton.jit
+def select_backward_kernel(
+    q, k, counts, firsts, carry, grad_F, queries, keys, heads, kv_heads, dim, selector, start, stop, scale,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The gradient of F becomes that of the selector's logits; carry is what F gets from later queries."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(keys, SIDE)
+    batch, block = (program // blocks).to(tl.int64), program % blocks
+    column = block * SIDE + tl.arange(0, SIDE)
+    ks = _rows(k, batch, keys, kv_heads, selector // (heads // kv_heads), column, dim, column < keys, DIM)
+    later = tl.load(carry + batch * keys + column, mask=column < keys, other=0.0)
+    above = tl.maximum(block * SIDE - (keys - queries) - start, 0) // SIDE
+    row_blocks = tl.cdiv(stop - start, SIDE)
+    for step in range(0, row_blocks - above):
+        row = start + (row_blocks - 1 - step) * SIDE + tl.arange(0, SIDE)
+        inside = row < stop
+        qs = _rows(q, batch, queries, heads, selector, row, dim, inside, DIM)
+        logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale
+        selects, _ = _selected(logits, counts, firsts, batch, queries, keys, row, column, inside)
+        at = grad_F + (batch * (stop - start) + row[:, None] - start) * keys + column[None, :]
+        mask = inside[:, None] & (column < keys)[None, :]
+        grads = tl.load(at, mask=mask, other=0.0)
+        total = tl.sum(grads, axis=0)
+        below = later[None, :] + (total[None, :] - tl.cumsum(grads, axis=0))
+        tl.store(at, tl.where(selects, below, 0.0), mask=mask)
+        later += total
+    tl.store(carry + batch * keys + column, later, mask=column < keys)
+
+
+@triton.jit
+def grad_q_kernel(
+    q, k, v, grad_out, F, lse, delta, grad_logits, grad_q,
+    queries, keys, heads, kv_heads, dim, v_dim, selector, start, stop, scale,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """dQ of one head and one block of queries."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(stop - start, SIDE)
+    head, rest = program % heads, program // heads
+    batch, block = (rest // blocks).to(tl.int64), blocks - 1 - rest % blocks
+    row = start + block * SIDE + tl.arange(0, SIDE)
+    inside = row < stop
+    kv_head = head // (heads // kv_heads)
+    qs = _rows(q, batch, queries, heads, head, row, dim, inside, DIM)
+    dos = _rows(grad_out, batch, queries, heads, head, row, v_dim, inside, DIM)
+    shift, mean = _statistics(lse, delta, (batch * heads + head) * queries, row, inside)
+    dqs = tl.zeros((SIDE, DIM), dtype=tl.float32)
+    for first in range(0, tl.minimum(keys, keys - queries + start + (block + 1) * SIDE), STEP):
+        column = first + tl.arange(0, STEP)
+        ks = _rows(k, batch, keys, kv_heads, kv_head, column, dim, column < keys, DIM)
+        vs = _rows(v, batch, keys, kv_heads, kv_head, column, v_dim, column < keys, DIM)
+        F_tile = _bias(F, batch, keys, row, column, start, stop)
+        _, dL = _weights(qs, ks, vs, dos, F_tile, shift, mean, scale, PRECISION)
+        # what the selector's logits get through F, of what its queries see: the rest was not written
+        limit = tl.where(head == selector, float("inf"), float("-inf"))
+        at = grad_logits + (batch * (stop - start) + row[:, None] - start) * keys + column[None, :]
+        dL += tl.load(at, mask=F_tile < limit, other=0.0)
+        dqs += tl.dot(dL.to(ks.dtype), ks, input_precision=PRECISION)
+    _store_rows(grad_q, batch, queries, heads, head, row, dim, inside, dqs * scale, DIM)
+
+
+@triton.jit
+def grad_kv_kernel(
+    q, k, v, grad_out, F, lse, delta, grad_logits, grad_k, grad_v,
+    queries, keys, heads, kv_heads, dim, v_dim, selector, start, stop, scale,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one kv head and one block of keys, on top of what later spans gave."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(keys, SIDE)
+    kv_head, rest = program % kv_heads, program // kv_heads
+    batch, block = (rest // blocks).to(tl.int64), rest % blocks
+    column = block * SIDE + tl.arange(0, SIDE)
+    known = column < keys
+    ks = _rows(k, batch, keys, kv_heads, kv_head, column, dim, known, DIM)
+    vs = _rows(v, batch, keys, kv_heads, kv_head, column, v_dim, known, DIM)
+    dks = _rows(grad_k, batch, keys, kv_heads, kv_head, column, dim, known, DIM)
+    dvs = _rows(grad_v, batch, keys, kv_heads, kv_head, column, v_dim, known, DIM)
+    above = tl.maximum(block * SIDE - (keys - queries) - start, 0) // STEP
+    steps = tl.cdiv(stop - start, STEP) - above
+    # all tiles are transposed here, [keys, queries]
+    for turn in range(0, (heads // kv_heads) * steps):
+        head = kv_head * (heads // kv_heads) + turn // steps
+        row = start + (above + turn % steps) * STEP + tl.arange(0, STEP)
+        inside = row < stop
+        qs = _rows(q, batch, queries, heads, head, row, dim, inside, DIM)
+        dos = _rows(grad_out, batch, queries, heads, head, row, v_dim, inside, DIM)
+        shift, mean = _statistics(lse, delta, (batch * heads + head) * queries, row, inside)
+        at = (batch * (stop - start) + row[None, :] - start) * keys + column[:, None]
+        F_tile = tl.load(F + at, mask=inside[None, :] & known[:, None], other=float("inf"))
+        P = tl.exp(tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * scale - F_tile - shift[None, :])
+        dvs += tl.dot(P.to(dos.dtype), dos, input_precision=PRECISION)
+        dL = P * (tl.dot(vs, tl.trans(dos), input_precision=PRECISION) - mean[None, :])
+        limit = tl.where(head == selector, float("inf"), float("-inf"))
+        dL += tl.load(grad_logits + at, mask=F_tile < limit, other=0.0)
+        dks += tl.dot((dL * scale).to(qs.dtype), qs, input_precision=PRECISION)
+    _store_rows(grad_k, batch, keys, kv_heads, kv_head, column, dim, known, dks, DIM)
+    _store_rows(grad_v, batch, keys, kv_heads, kv_head, column, v_dim, known, dvs, DIM)
+
+
+class _Tile(NamedTuple):
+    """Compile-time constants, and warps: blocks of queries or keys, how many of the others at a time, and dim."""
+
+    side: int
+    step: int
+    dim: int
+    precision: str
+    warps: int
+
+    def constants(self, kernel: Any) -> dict[str, Any]:
+        step = {"STEP": self.step} if "STEP" in kernel.arg_names else {}
+        return {"SIDE": self.side, "DIM": self.dim, "PRECISION": self.precision, **step}
+
+    def options(self, kernel: Any) -> dict[str, Any]:
+        return {**self.constants(kernel), "num_warps": self.warps, "num_stages": 1}
+
+
+def _tile(dim: int, dtype: torch.dtype, precision: str) -> _Tile:
+    # float32 products take registers for both factors
+    side = SIDE if dtype.itemsize == 2 else SIDE // 2
+    dim = next(width for width in (32, 64, WIDEST) if dim <= width)
+    return _Tile(side, side // 2 if dim == WIDEST else side, dim, precision, 8 if dim > 32 else 4)
+
+
+def _tile_of(q: Tensor, v: Tensor) -> _Tile:
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return _tile(max(q.shape[3], v.shape[3]), q.dtype, precision)
+
+
+class _Spans:
+    """What the spans of one call share: its numbers, which tokens count, and F span by span."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, selector: int, scale: float, tile: _Tile) -> None:
+        self.q, self.k, self.selector, self.scale, self.tile = q, k, selector, scale, tile
+        self.batch, self.queries, self.heads, dim = q.shape
+        self.keys, self.kv_heads = k.shape[1:3]
+        self.dims = (dim, v.shape[3])
+        self.counts = mask.to(torch.float32)
+        self.firsts = mask.to(torch.int32).argmax(1)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        return [(start, min(start + SPAN, self.queries)) for start in range(0, self.queries, SPAN)]
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.queries, self.keys, self.heads, self.kv_heads
+
+    def select(self, carry: Tensor, start: int, stop: int) -> Tensor:
+        """F of a span; carry, that of its first query, becomes that of the query after its last one."""
+        F = self.q.new_empty((self.batch, stop - start, self.keys), dtype=torch.float32)
+        self._by_keys(select_kernel, carry, F, start, stop)
+        return F
+
+    def select_backward(self, carry: Tensor, grad_F: Tensor, start: int, stop: int) -> None:
+        """grad_F becomes the gradient of the selector's logits; carry, that of F after the span, that before it."""
+        self._by_keys(select_backward_kernel, carry, grad_F, start, stop)
+
+    def _by_keys(self, kernel: Any, carry: Tensor, F: Tensor, start: int, stop: int) -> None:
+        kernel[(self.batch * triton.cdiv(self.keys, self.tile.side),)](
+            self.q, self.k, self.counts, self.firsts, carry, F, *self.sizes(), self.dims[0], self.selector,
+            start, stop, self.scale, **self.tile.options(kernel),
+        )  # fmt: skip
+
+
+def _plain(q: Tensor, v: Tensor, initial: Tensor) -> bool:
+    return initial.dtype == torch.float64 or max(q.shape[3], v.shape[3]) > WIDEST or q.numel() == 0
+
+
+def selective_attention(
+    q: Tensor, k: Tensor, v: Tensor, initial: Tensor, mask: Tensor, selector: int, scale: float, tau: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's forward; shapes as in `reference`. In float64 and for wide heads in plain PyTorch."""
+    if _plain(q, v, initial):
+        return cpu.vectorised(q, k, v, initial, mask, selector, scale, tau)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    spans = _Spans(q, k, v, mask, selector, scale, tile := _tile_of(q, v))
+    batch, queries, heads = q.shape[:3]
+    out = q.new_empty((batch, queries, heads, v.shape[3]))
+    lse, memory = initial.new_empty((batch, heads, queries)), initial.new_empty((batch, queries))
+    selection = initial.clone(memory_format=torch.contiguous_format)
+    for start, stop in spans.bounds():
+        F = spans.select(selection, start, stop)
+        forward_kernel[(batch * heads * triton.cdiv(stop - start, tile.side),)](
+            q,
+            k,
+            v,
+            F,
+            out,
+            lse,
+            memory,
+            *spans.sizes(),
+            *spans.dims,
+            start,
+            stop,
+            scale,
+            tau,
+            **tile.options(forward_kernel),
+        )
+    return out, lse, selection, memory
+
+
+def selective_attention_backward(
+    grad_out: Tensor,
+    grad_selection: Tensor,
+    grad_memory: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor,
+    mask: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selector: int,
+    scale: float,
+    tau: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and the initial selection."""
+    if _plain(q, v, initial):
+        grads = (grad_out, grad_selection, grad_memory)
+        return cpu.vectorised_backward(*grads, q, k, v, initial, mask, selector, scale, tau)
+    grad_out, grad_memory, q, k, v = (x.contiguous() for x in (grad_out, grad_memory, q, k, v))
+    spans = _Spans(q, k, v, mask, selector, scale, tile := _tile_of(q, v))
+    bounds, batch = spans.bounds(), q.shape[0]
+    delta = (grad_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+    carries = [initial.clone(memory_format=torch.contiguous_format)]  # F of each span's first query
+    for start, stop in bounds[:-1]:
+        carries.append(carries[-1].clone())
+        spans.select(carries[-1], start, stop)
+    grad_initial = grad_selection.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    key_blocks = triton.cdiv(spans.keys, tile.side)
+    for (start, stop), carry in zip(reversed(bounds), reversed(carries), strict=True):
+        F = spans.select(carry, start, stop)
+        grad_F = torch.empty_like(F)
+        row_blocks = triton.cdiv(stop - start, tile.side)
+        shared = (q, k, v, grad_out, F, lse, delta)
+        sizes = (*spans.sizes(), *spans.dims)
+        grad_selection_kernel[(batch * row_blocks * key_blocks,)](
+            *shared,
+            grad_memory,
+            grad_F,
+            *sizes,
+            start,
+            stop,
+            scale,
+            tau,
+            **tile.options(grad_selection_kernel),
+        )
+        spans.select_backward(grad_initial, grad_F, start, stop)
+        grad_q_kernel[(batch * spans.heads * row_blocks,)](
+            *shared, grad_F, grad_q, *sizes, selector, start, stop, scale, **tile.options(grad_q_kernel)
+        )
+        grad_kv_kernel[(batch * spans.kv_heads * key_blocks,)](
+            *shared, grad_F, grad_k, grad_v, *sizes, selector, start, stop, scale, **tile.options(grad_kv_kernel)
+        )
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_initial
+
+
+def launches() -> list[Launch]:
+    """Every configuration that can be chosen, for the static analysis."""
+    kernels: tuple[Callable[..., Any], ...] = (
+        select_kernel, forward_kernel, grad_selection_kernel, select_backward_kernel, grad_q_kernel, grad_kv_kernel
+    )  # fmt: skip
+    found = []
+    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
+        for dim in (32, 64, WIDEST):
+            tile = _tile(dim, dtype, precision)
+            found += [
+                Launch(
+                    kernel,
+                    tile.constants(kernel),
+                    dtype,
+                    states=("F", "carry", "counts", "lse", "memory", "delta", "grad_memory", "grad_F", "grad_logits",
+                            "grad_k", "grad_v"),
+                    integers=("firsts",),
+                    scalars=("queries", "keys", "heads", "kv_heads", "dim", "v_dim", "selector", "start", "stop"),
+                    floats=("scale", "tau"),
+                    warps=tile.warps,
+                    label=f"{tile.side}x{tile.dim} {precision}",
+                    matmul=dtype != torch.float32,
+                )
+                for kernel in kernels
+            ]  # fmt: skip
+    return found
