@@ -173,6 +173,19 @@ def test_sizes_around_the_tiles(backend: str, sizes: tuple[int, int, int], mini_
         torch.testing.assert_close(other.double(), one, rtol=0, atol=3e-5 * max(one.abs().max().item(), 1.0))
 
 
+def test_keys_in_several_blocks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlreviews_kernels.delta_rule.gpu.BLOCK", 16)
+    values = drawn(1, 18, 1, 20, 3)
+    results = []
+    for backend, kind in (("reference", torch.float64), ("triton", torch.float32)):
+        leaves = {name: value.to(kind).requires_grad_() for name, value in values.items()}
+        with using(backend):  # type: ignore[attr-defined]
+            out, final = delta_rule(**leaves, mini_batch=2)
+            results.append(torch.autograd.grad(out.sin().sum() + final.cos().sum(), list(leaves.values())))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other.double(), one, rtol=0, atol=2e-5 * max(one.abs().max().item(), 1.0))
+
+
 @pytest.mark.parametrize("mini_batch", [1, 3])
 def test_steps_continue_a_prefill(mini_batch: int) -> None:
     values = drawn(2, 8, 2, 3, 4)

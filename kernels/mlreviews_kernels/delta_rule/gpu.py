@@ -1,7 +1,7 @@
 """Triton kernels of `delta_rule`, forward and backward.
 
-What depends on a chunk alone is done for all chunks at once: the inverse of its triangular system
-(`inverse_kernel`), and in the backward the gradients that follow from the states (`grad_kernel`). Between them, one
+What depends on a chunk alone is done for all chunks at once: the inverse of its triangular system and its scores
+(`chunk_kernel`), and in the backward the gradients that follow from the states (`grad_kernel`). Between them, one
 program for each sequence, head and block of value columns walks along the chunks with its part of the state in
 registers (`forward_kernel`), and back with the state's gradient (`state_grad_kernel`). The formulas are those of
 ``README.md``; every matrix product is a `tl.dot`. In float32 it is exact unless `torch.set_float32_matmul_precision`
@@ -26,6 +26,8 @@ from mlreviews_kernels.static import Launch
 TIME = 16  # steps of a chunk: the inverse is found row by row
 VALUES = 32  # columns of the state that one program carries; half of it in float32
 KEYS = (16, 64, 128)  # rows of the state are one tile: the first of these that is enough
+BLOCK = 64  # keys of one program of grad_kernel, which keeps three tiles of so many
+THIN = 16  # columns of a tile of grad_kernel
 
 
 @triton.jit
@@ -36,11 +38,11 @@ def _rows(pointer, begin, row, heads, head, width, columns, inside):
 
 
 @triton.jit
-def inverse_kernel(
-    k, beta, begins, ends, inverses, heads, dim_k, mini_batch,
+def chunk_kernel(
+    q, k, beta, begins, ends, inverses, scores, heads, dim_k, mini_batch,
     PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """(I + A)^-1 of a chunk; A_sj = beta_s k_s . k_j where j's mini-batch is before s's."""
+    """(I + A)^-1 and P = tril(Q K^T) of a chunk; A_sj = beta_s k_s . k_j where j's mini-batch is before s's."""
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
     begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
@@ -57,13 +59,16 @@ def inverse_kernel(
         factor = tl.sum(tl.where((row == i)[:, None], A, 0.0), axis=0)
         change = tl.sum(factor[:, None] * inverse, axis=0)
         inverse = tl.where((row == i)[:, None], inverse - change[None, :], inverse)
-    at = inverses + program * TIME * TIME + row[:, None] * TIME + row[None, :]
-    tl.store(at, inverse)
+    at = program * TIME * TIME + row[:, None] * TIME + row[None, :]
+    tl.store(inverses + at, inverse)
+    queries = _rows(q, begin, row, heads, head, dim_k, tl.arange(0, KEYS), inside)
+    products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    tl.store(scores + at, tl.where(row[:, None] >= row[None, :], products, 0.0).to(scores.dtype.element_ty))
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, beta, inverses, initial, begins, ends, opens, firsts, out, final, states, bases, updates,
+    q, k, v, beta, inverses, scores, initial, begins, ends, opens, firsts, out, final, states, bases, updates,
     heads, dim_k, dim_v,
     STORE: tl.constexpr, PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +93,8 @@ def forward_kernel(
         values = _rows(v, begin, row, heads, head, dim_v, value, inside).to(tl.float32)
         rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
         number = chunk * heads + head  # int64, as the bounds of the loop are
-        inverse = tl.load(inverses + number * TIME * TIME + row[:, None] * TIME + row[None, :])
+        in_chunk = number * TIME * TIME + row[:, None] * TIME + row[None, :]
+        inverse = tl.load(inverses + in_chunk)
         errors = values - tl.dot(keys, base.to(k.dtype.element_ty), input_precision=PRECISION)
         update = tl.dot(inverse, rate[:, None] * errors, input_precision=PRECISION)
         rounded = update.to(k.dtype.element_ty)
@@ -99,10 +105,8 @@ def forward_kernel(
             tl.store(at, update, mask=inside[:, None] & (value < dim_v)[None, :])
         else:
             queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            scores = tl.where(row[:, None] >= row[None, :], scores, 0.0).to(k.dtype.element_ty)
             found = tl.dot(queries, state.to(k.dtype.element_ty), input_precision=PRECISION)
-            found += tl.dot(scores, rounded, input_precision=PRECISION)
+            found += tl.dot(tl.load(scores + in_chunk), rounded, input_precision=PRECISION)
             at = out + (begin * heads + head) * dim_v + row[:, None] * (heads * dim_v) + value[None, :]
             tl.store(at, found.to(out.dtype.element_ty), mask=inside[:, None] & (value < dim_v)[None, :])
         state += tl.dot(tl.trans(keys), rounded, input_precision=PRECISION)
@@ -111,7 +115,7 @@ def forward_kernel(
 
 @triton.jit
 def state_grad_kernel(
-    grad_out, grad_final, q, k, beta, inverses, begins, ends, opens, firsts, grad_states, rights, grad_initial,
+    grad_out, grad_final, q, k, beta, inverses, scores, begins, ends, opens, firsts, grad_states, rights, grad_initial,
     heads, dim_k, dim_v,
     PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -130,21 +134,19 @@ def state_grad_kernel(
         begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
         inside = row < end - begin
         keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
-        queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
         grads = _rows(grad_out, begin, row, heads, head, dim_v, value, inside)
-        rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
         number = chunk * heads + head  # int64, as the bounds of the loop are
-        inverse = tl.load(inverses + number * TIME * TIME + row[:, None] * TIME + row[None, :])
+        in_chunk = number * TIME * TIME + row[:, None] * TIME + row[None, :]
         tl.store(grad_states + number * dim_k * dim_v + in_state, grad, mask=state_mask)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        scores = tl.where(row[:, None] >= row[None, :], scores, 0.0).to(k.dtype.element_ty)
-        into = tl.dot(tl.trans(scores), grads, input_precision=PRECISION)
+        into = tl.dot(tl.trans(tl.load(scores + in_chunk)), grads, input_precision=PRECISION)
         into += tl.dot(keys, grad.to(k.dtype.element_ty), input_precision=PRECISION)
-        right = tl.dot(tl.trans(inverse), into, input_precision=PRECISION)
+        right = tl.dot(tl.trans(tl.load(inverses + in_chunk)), into, input_precision=PRECISION)
         at = rights + (begin * heads + head) * dim_v + row[:, None] * (heads * dim_v) + value[None, :]
         tl.store(at, right, mask=inside[:, None] & (value < dim_v)[None, :])
-        scaled = (rate[:, None] * right).to(k.dtype.element_ty)
+        queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
         grad += tl.dot(tl.trans(queries), grads, input_precision=PRECISION)
+        rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
+        scaled = (rate[:, None] * right).to(k.dtype.element_ty)
         grad_base -= tl.dot(tl.trans(keys), scaled, input_precision=PRECISION)
         opened = tl.load(opens + chunk) != 0
         grad = tl.where(opened, grad + grad_base, grad)
@@ -155,20 +157,25 @@ def state_grad_kernel(
 @triton.jit
 def grad_kernel(
     grad_out, q, k, v, beta, begins, ends, states, bases, updates, grad_states, rights,
-    grad_q, grad_k, grad_v, grad_beta, heads, dim_k, dim_v, mini_batch,
+    grad_q, grad_k, grad_v, grad_beta, tokens, heads, dim_k, dim_v, mini_batch,
     PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a chunk's inputs from its states, their gradients, U and R."""
+    """Gradients of a chunk's inputs from its states, their gradients, U and R, for one block of keys.
+
+    dbeta is a sum over keys, of which each block stores its part: with R W_base^T in place of K W_base, keys of other
+    blocks are not needed. What has no axis of keys is for the first block.
+    """
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
     begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
-    row, key = tl.arange(0, TIME), tl.arange(0, KEYS)
+    block = tl.program_id(1).to(tl.int64)
+    row, key = tl.arange(0, TIME), block * KEYS + tl.arange(0, KEYS)
     inside = row < end - begin
-    keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
-    queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
+    first = row < tl.where(block == 0, end - begin, 0)
     rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
     dq = tl.zeros((TIME, KEYS), dtype=tl.float32)
     dk = tl.zeros((TIME, KEYS), dtype=tl.float32)
+    through = tl.zeros((TIME, KEYS), dtype=tl.float32)  # R W_base^T
     dscores = tl.zeros((TIME, TIME), dtype=tl.float32)
     dsystem = tl.zeros((TIME, TIME), dtype=tl.float32)
     drate = tl.zeros((TIME,), dtype=tl.float32)
@@ -176,39 +183,41 @@ def grad_kernel(
         value = start + tl.arange(0, VALUES)
         # nothing was stored for the chunks that are too many
         mask = (key < tl.where(begin < end, dim_k, 0))[:, None] & (value < dim_v)[None, :]
-        in_state = key[:, None] * dim_v + value[None, :]
+        in_state = program * dim_k * dim_v + key[:, None] * dim_v + value[None, :]
         grads = _rows(grad_out, begin, row, heads, head, dim_v, value, inside)
-        values = _rows(v, begin, row, heads, head, dim_v, value, inside).to(tl.float32)
-        update = _rows(updates, begin, row, heads, head, dim_v, value, inside)
+        values = _rows(v, begin, row, heads, head, dim_v, value, first).to(tl.float32)
+        update = _rows(updates, begin, row, heads, head, dim_v, value, inside).to(k.dtype.element_ty)
         right = _rows(rights, begin, row, heads, head, dim_v, value, inside)
-        rounded, scaled = update.to(k.dtype.element_ty), rate[:, None] * right
+        drate += tl.sum(right * values, axis=1)
         at = grad_v + (begin * heads + head) * dim_v + row[:, None] * (heads * dim_v) + value[None, :]
-        tl.store(at, scaled.to(grad_v.dtype.element_ty), mask=inside[:, None] & (value < dim_v)[None, :])
-        scaled = scaled.to(k.dtype.element_ty)
-        state = tl.load(states + program * dim_k * dim_v + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
+        scaled = (rate[:, None] * right).to(grad_v.dtype.element_ty)
+        tl.store(at, scaled, mask=first[:, None] & (value < dim_v)[None, :])
+        right = right.to(k.dtype.element_ty)
+        dscores += tl.dot(grads, tl.trans(update), input_precision=PRECISION)
+        dsystem -= tl.dot(right, tl.trans(update), input_precision=PRECISION)
+        state = tl.load(states + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
         dq += tl.dot(grads, tl.trans(state), input_precision=PRECISION)
-        dstate = tl.load(grad_states + program * dim_k * dim_v + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
-        dk += tl.dot(rounded, tl.trans(dstate), input_precision=PRECISION)
-        base = tl.load(bases + program * dim_k * dim_v + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
-        dk -= tl.dot(scaled, tl.trans(base), input_precision=PRECISION)
-        errors = values - tl.dot(keys, base, input_precision=PRECISION)
-        drate += tl.sum(right * errors, axis=1)
-        dscores += tl.dot(grads, tl.trans(rounded), input_precision=PRECISION)
-        dsystem -= tl.dot(right.to(k.dtype.element_ty), tl.trans(rounded), input_precision=PRECISION)
+        dstate = tl.load(grad_states + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
+        dk += tl.dot(update, tl.trans(dstate), input_precision=PRECISION)
+        base = tl.load(bases + in_state, mask=mask, other=0.0).to(k.dtype.element_ty)
+        through += tl.dot(right, tl.trans(base), input_precision=PRECISION)
+    keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
     number = row // mini_batch
     dsystem = tl.where(number[:, None] > number[None, :], dsystem, 0.0)
     drate += tl.sum(dsystem * tl.dot(keys, tl.trans(keys), input_precision=PRECISION), axis=1)
+    drate -= tl.sum(keys.to(tl.float32) * through, axis=1)
+    tl.store(grad_beta + (block * tokens + begin) * heads + head + row * heads, drate, mask=inside)
     dscores = tl.where(row[:, None] >= row[None, :], dscores, 0.0).to(k.dtype.element_ty)
-    dproducts = rate[:, None] * dsystem
-    dproducts = (dproducts + tl.trans(dproducts)).to(k.dtype.element_ty)
-    dq += tl.dot(dscores, keys, input_precision=PRECISION)
-    dk += tl.dot(tl.trans(dscores), queries, input_precision=PRECISION)
-    dk += tl.dot(dproducts, keys, input_precision=PRECISION)
     mask = inside[:, None] & (key < dim_k)[None, :]
     at = (begin * heads + head) * dim_k + row[:, None] * (heads * dim_k) + key[None, :]
+    dq += tl.dot(dscores, keys, input_precision=PRECISION)
     tl.store(grad_q + at, dq.to(grad_q.dtype.element_ty), mask=mask)
+    dproducts = rate[:, None] * dsystem
+    dproducts = (dproducts + tl.trans(dproducts)).to(k.dtype.element_ty)
+    dk += tl.dot(dproducts, keys, input_precision=PRECISION) - rate[:, None] * through
+    queries = _rows(q, begin, row, heads, head, dim_k, key, inside)
+    dk += tl.dot(tl.trans(dscores), queries, input_precision=PRECISION)
     tl.store(grad_k + at, dk.to(grad_k.dtype.element_ty), mask=mask)
-    tl.store(grad_beta + begin * heads + head + row * heads, drate, mask=inside)
 
 
 class _Chunks(NamedTuple):
@@ -276,13 +285,15 @@ def _sizes(dim_k: int) -> dict[str, Any]:
     return {"PRECISION": _precision(), "TIME": TIME, "KEYS": keys, "num_warps": _warps(keys), "num_stages": 1}
 
 
-def _inverses(k: Tensor, beta: Tensor, chunks: _Chunks, mini_batch: int) -> Tensor:
+def _per_chunk(q: Tensor, k: Tensor, beta: Tensor, chunks: _Chunks, mini_batch: int) -> tuple[Tensor, Tensor]:
+    """(I + A)^-1 and P of every chunk and head."""
     _, heads, dim_k = k.shape
     inverses = torch.empty((chunks.most, heads, TIME, TIME), dtype=torch.float32, device=k.device)
-    inverse_kernel[(chunks.most * heads,)](
-        k, beta, chunks.begins, chunks.ends, inverses, heads, dim_k, min(mini_batch, TIME), **_sizes(dim_k)
+    scores = torch.empty_like(inverses, dtype=k.dtype)
+    chunk_kernel[(chunks.most * heads,)](
+        q, k, beta, chunks.begins, chunks.ends, inverses, scores, heads, dim_k, min(mini_batch, TIME), **_sizes(dim_k)
     )
-    return inverses
+    return inverses, scores
 
 
 def delta_rule(
@@ -302,10 +313,10 @@ def delta_rule(
     beta = beta.float().contiguous()
     (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
     chunks = _chunks(offsets, tokens, mini_batch)
-    inverses = _inverses(k, beta, chunks, mini_batch)
+    systems = _per_chunk(q, k, beta, chunks, mini_batch)
     out, final = torch.empty_like(v), torch.empty_like(initial)
     forward_kernel[(initial.shape[0] * heads, triton.cdiv(dim_v, width))](
-        q, k, v, beta, inverses, initial, *chunks[:4], out, final, None, None, None, heads, dim_k, dim_v,
+        q, k, v, beta, *systems, initial, *chunks[:4], out, final, None, None, None, heads, dim_k, dim_v,
         STORE=False, VALUES=width, **_sizes(dim_k),
     )  # fmt: skip
     return out, final
@@ -331,25 +342,30 @@ def delta_rule_backward(
     beta = beta.float().contiguous()
     (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
     chunks = _chunks(offsets, tokens, mini_batch)
-    inverses = _inverses(k, beta, chunks, mini_batch)
+    systems = _per_chunk(q, k, beta, chunks, mini_batch)
     states, bases, grad_states = torch.empty(
         (3, chunks.most, heads, dim_k, dim_v), dtype=torch.float32, device=q.device
     )
     updates, rights = torch.empty((2, *v.shape), dtype=torch.float32, device=q.device)
-    grads = tuple(torch.empty_like(x) for x in (q, k, v, beta, initial))
+    block = min(_keys(dim_k), BLOCK)
+    blocks = triton.cdiv(dim_k, block)
+    grads = [torch.empty_like(x) for x in (q, k, v, beta, initial)]
+    grads[3] = beta.new_empty((blocks, tokens, heads))
     grid, sizes = (initial.shape[0] * heads, triton.cdiv(dim_v, width)), _sizes(dim_k)
     forward_kernel[grid](
-        q, k, v, beta, inverses, initial, *chunks[:4], None, torch.empty_like(initial), states, bases, updates,
+        q, k, v, beta, *systems, initial, *chunks[:4], None, torch.empty_like(initial), states, bases, updates,
         heads, dim_k, dim_v, STORE=True, VALUES=width, **sizes,
     )  # fmt: skip
     state_grad_kernel[grid](
-        grad_out, grad_final, q, k, beta, inverses, *chunks[:4], grad_states, rights, grads[4],
+        grad_out, grad_final, q, k, beta, *systems, *chunks[:4], grad_states, rights, grads[4],
         heads, dim_k, dim_v, VALUES=width, **sizes,
     )  # fmt: skip
-    grad_kernel[(chunks.most * heads,)](
+    grad_kernel[(chunks.most * heads, blocks)](
         grad_out, q, k, v, beta, chunks.begins, chunks.ends, states, bases, updates, grad_states, rights,
-        *grads[:4], heads, dim_k, dim_v, min(mini_batch, TIME), VALUES=VALUES // 2, **sizes,
+        *grads[:4], tokens, heads, dim_k, dim_v, min(mini_batch, TIME), VALUES=THIN,
+        **{**sizes, "KEYS": block, "num_warps": 4},
     )  # fmt: skip
+    grads[3] = grads[3].sum(0)
     return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
 
 
@@ -364,11 +380,11 @@ def launches() -> list[Launch]:
         for keys in KEYS:
             shape = {"PRECISION": precision, "TIME": TIME, "KEYS": keys}
             kernels: tuple[tuple[Any, dict[str, Any], tuple[str, ...]], ...] = (
-                (inverse_kernel, {}, ()),
+                (chunk_kernel, {}, ()),
                 (forward_kernel, {"STORE": False, "VALUES": _values(dtype)}, ("states", "bases", "updates")),
                 (forward_kernel, {"STORE": True, "VALUES": _values(dtype)}, ("out",)),
                 (state_grad_kernel, {"VALUES": _values(dtype)}, ()),
-                (grad_kernel, {"VALUES": VALUES // 2}, ()),
+                (grad_kernel, {"KEYS": min(keys, BLOCK), "VALUES": THIN}, ()),
             )
             found += [
                 Launch(
@@ -377,9 +393,9 @@ def launches() -> list[Launch]:
                     dtype,
                     states=states,
                     integers=("begins", "ends", "opens", "firsts"),
-                    scalars=("heads", "dim_k", "dim_v", "mini_batch"),
+                    scalars=("tokens", "heads", "dim_k", "dim_v", "mini_batch"),
                     absent=absent,
-                    warps=_warps(keys),
+                    warps=4 if kernel is grad_kernel else _warps(keys),
                     label=f"{keys} {precision}" + (" states" if constants.get("STORE") else ""),
                     matmul=dtype != torch.float32,
                 )
