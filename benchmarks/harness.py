@@ -106,7 +106,7 @@ def measure(
     found = [Measurement(candidate.name, [], None) for candidate in candidates]
     steps = [(turn, i) for turn in range(warm_up + rounds) for i in range(len(calls))]
     for turn, i in track(steps, "timing", console=Console(stderr=True), transient=True):
-        gc.collect()
+        _release_memory()
         _synchronise()
         start = time.perf_counter()
         found[i].result = calls[i]()
@@ -230,6 +230,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _release_memory() -> None:
+    """Gives freed memory back, so that no candidate works in pages that the one before has touched."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -246,9 +253,7 @@ def _added_memory(candidate: Candidate) -> float:
     """By how much one call raises the process's largest resident memory, in MiB."""
     call = candidate.bound()
     call()  # libraries that are loaded on first use are not the candidate's
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # nor is what the first call left for the second to use
+    _release_memory()  # nor is what the first call left for the second to use
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the largest so far is now the present one
     before = _largest_memory()
