@@ -7,14 +7,17 @@ Attention is the case of one softmax of weight 1, differential attention that of
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_floating, check_offsets, check_same, check_shape, offsets_of
+from mlreviews_kernels.compiled import load, pointer
 
 __all__ = [
     "Geometry",
@@ -27,6 +30,7 @@ __all__ = [
 ]
 
 ROWS = 128  # queries that the vectorised form takes at a time
+FEW = 4  # queries a sequence that aren't worth the compiled form's copies of all keys and values
 
 
 def check_layout(names: tuple[str, str, str], q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -263,3 +267,111 @@ def vectorised_backward(
             grad_ks[s][keys] += (grouped.mT @ _by_head(one_q, kv_heads)).transpose(0, 1)
         grad_v[keys] += (total.reshape(kv_heads, -1, width).mT @ dO).transpose(0, 1)
     return grad_qs, grad_ks, grad_v, grad_weights
+
+
+def library_for(source: Path, q: Tensor, geometry: Geometry) -> ctypes.CDLL | None:
+    """The compiled form where it serves: not in float64, and not for a few queries over many keys (decoding)."""
+    sequences = len(geometry.q_offsets) - 1
+    if q.dtype == torch.float64 or q.shape[0] <= FEW * sequences:
+        return None
+    return load(source)
+
+
+def compiled(
+    library: ctypes.CDLL,
+    name: str,
+    qs: Sequence[Tensor],
+    ks: Sequence[Tensor],
+    v: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The forward of a library that ``softmaxes.h`` went into, in float32; otherwise as `vectorised`.
+
+    Args:
+        library: it has the functions ``<name>``, ``<name>_parts`` and ``<name>_backward``.
+        name: of the function.
+        qs: as in `vectorised`, and so are the others.
+        ks: likewise.
+        v: likewise.
+        weights: likewise.
+        mask: likewise.
+        geometry: likewise.
+        scale: likewise.
+    """
+    inputs = _Inputs(qs, ks, v, weights, mask, geometry, scale)
+    tokens, heads, _ = qs[0].shape
+    out = torch.empty((tokens, heads, v.shape[2]), dtype=torch.float32)
+    lse = torch.empty((len(qs), tokens, heads), dtype=torch.float32)
+    getattr(library, name)(*inputs.arguments(), pointer(out), pointer(lse))
+    return out.to(qs[0].dtype), lse
+
+
+def compiled_backward(
+    library: ctypes.CDLL,
+    name: str,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    qs: Sequence[Tensor],
+    ks: Sequence[Tensor],
+    v: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """The backward of such a library; otherwise as `vectorised_backward`."""
+    inputs = _Inputs(qs, ks, v, weights, mask, geometry, scale)
+    count = getattr(library, f"{name}_parts")
+    count.restype = ctypes.c_int64
+    parts = count(*inputs.arguments())
+    given = [None if x is None else x.float().contiguous() for x in (grad_out, grad_lse, lse)]
+    grad_qs = [torch.empty(q.shape, dtype=torch.float32) for q in qs]
+    grad_ks = [torch.empty((parts, *k.shape), dtype=torch.float32) for k in ks]
+    grad_v = torch.empty((parts, *v.shape), dtype=torch.float32)
+    grad_weights = torch.empty(lse.shape, dtype=torch.float32)
+    pairs = (x for pair in zip(grad_qs, grad_ks, strict=True) for x in pair)
+    arrays = map(pointer, (*given, *pairs, grad_v, grad_weights))
+    getattr(library, f"{name}_backward")(*inputs.arguments(), *arrays, ctypes.c_int64(parts))
+    return grad_qs, [_total(grad) for grad in grad_ks], _total(grad_v), grad_weights.sum(1)
+
+
+def _total(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+class _Inputs:
+    """The arguments that all compiled functions begin with; keeps the memory that they point to."""
+
+    def __init__(
+        self,
+        qs: Sequence[Tensor],
+        ks: Sequence[Tensor],
+        v: Tensor,
+        weights: Tensor,
+        mask: Tensor | None,
+        geometry: Geometry,
+        scale: float,
+    ) -> None:
+        pairs = (x for pair in zip(qs, ks, strict=True) for x in pair)
+        masks = (mask, None) if mask is not None and mask.ndim == 1 else (None, mask)
+        self.tensors = (
+            *(x.float().contiguous() for x in (*pairs, v, weights)),
+            *(None if x is None else x.contiguous() for x in masks),
+            torch.tensor(geometry.q_offsets),
+            torch.tensor(geometry.k_offsets),
+        )
+        (_, heads, dim), (_, kv_heads, value_dim) = qs[0].shape, v.shape
+        sizes = (len(geometry.q_offsets) - 1, heads, kv_heads, dim, value_dim, geometry.window, int(geometry.causal))
+        self.numbers = (
+            *map(ctypes.c_int64, sizes),
+            ctypes.c_float(scale),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+
+    def arguments(self) -> tuple[object, ...]:
+        """For a function called through ctypes."""
+        return *map(pointer, self.tensors), *self.numbers

@@ -133,7 +133,7 @@ def _differential_attention_backward(
     return found[0], found[1], found[2], found[3], found[4], found[5]
 
 
-def _reference(options: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor]:
+def _reference(options: tuple[Any, ...], *inputs: Any) -> tuple[Tensor]:
     return (reference.differential_attention(*inputs, *options)[0],)
 
 
