@@ -108,7 +108,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize("backend", FAST)
 @every_case
 def test_values_and_gradients_equal_the_reference(case: ScanCase, backend: str) -> None:
-    for time in case.lengths:
+    # the interpreter is slow: the shortest, and those on and over the edge of a chunk
+    times = case.lengths if backend != "triton" else (case.lengths[0], *case.lengths[-2:])
+    for time in times:
         values = inputs(case, 2, time, seed=time)
         expected = truth(case, values)
         with using(backend):
@@ -150,7 +152,8 @@ def test_any_cut_equals_the_whole(case: ScanCase, backend: str) -> None:
     expected = truth(case, values)
     values = convert(values, torch.float32)
     last = time - time % case.split_every
-    cuts = sorted({cut - cut % case.split_every for cut in (0, 1, time // 3, last)} - {time})
+    places = (0, 1, time // 3, last) if backend != "triton" else (time // 3,)
+    cuts = sorted({cut - cut % case.split_every for cut in places} - {time})
     for cut in cuts:
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
         with using(backend):
@@ -310,7 +313,7 @@ def test_no_initial_state_is_the_empty_one(case: ScanCase, backend: str) -> None
 @every_backend
 @every_case
 def test_same_numbers_every_time_and_inputs_left_alone(case: ScanCase, backend: str) -> None:
-    values = convert(inputs(case, 3, 23), torch.float32)
+    values = convert(inputs(case, 3, 23) if backend != "triton" else inputs(case, 2, 9), torch.float32)
     before = {name: value.clone() for name, value in values.items()}
     with using(backend):
         first, second = with_gradients(case, values), with_gradients(case, values)
@@ -353,6 +356,7 @@ def test_ops_are_registered_properly(case: ScanCase) -> None:
 def test_compiles_as_one_graph(case: ScanCase, unchecked: None) -> None:
     values = convert(inputs(case, 2, 7), torch.float32)
     expected = with_gradients(case, values)
+    torch.compiler.reset()
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
     leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
     out, final = compiled(**leaves, **case.options)
