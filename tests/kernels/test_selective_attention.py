@@ -31,8 +31,8 @@ def hostile_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cpu, "BLOCK", 7)
     monkeypatch.setattr(cpu, "FEW", 0)
     gpu = importlib.import_module("mlreviews_kernels.selective_attention.gpu")
-    monkeypatch.setattr(gpu, "SIDE", 32)
-    monkeypatch.setattr(gpu, "SPAN", 32)
+    monkeypatch.setattr(gpu, "SIDE", 64)
+    monkeypatch.setattr(gpu, "SPAN", 32)  # a float32 tile is 32 wide, its steps 16
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

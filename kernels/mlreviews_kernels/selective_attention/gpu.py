@@ -150,18 +150,18 @@ def _statistics(lse, delta, at, row, inside):
 def grad_selection_kernel(
     q, k, v, grad_out, F, lse, delta, grad_memory, grad_F,
     queries, keys, heads, kv_heads, dim, v_dim, start, stop, scale, tau,
-    PRECISION: tl.constexpr, SIDE: tl.constexpr, DIM: tl.constexpr,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of F, from all heads and the memory term."""
     program = tl.program_id(0)
-    blocks = tl.cdiv(keys, SIDE)
+    blocks = tl.cdiv(keys, STEP)
     block, rest = program % blocks, program // blocks
     row_blocks = tl.cdiv(stop - start, SIDE)
     batch, row_block = (rest // row_blocks).to(tl.int64), rest % row_blocks
     row = start + row_block * SIDE + tl.arange(0, SIDE)
-    column = block * SIDE + tl.arange(0, SIDE)
+    column = block * STEP + tl.arange(0, STEP)
     inside = row < stop
-    if block * SIDE <= keys - queries + start + (row_block + 1) * SIDE - 1:
+    if block * STEP <= keys - queries + start + (row_block + 1) * SIDE - 1:
         F_tile = _bias(F, batch, keys, row, column, start, stop)
         less = tl.load(grad_memory + batch * queries + row, mask=inside, other=0.0) / tau
         grads = tl.where(F_tile <= tau, -less[:, None], 0.0)
@@ -285,21 +285,27 @@ class _Tile(NamedTuple):
     step: int
     dim: int
     precision: str
-    warps: int
 
     def constants(self, kernel: Any) -> dict[str, Any]:
-        step = {"STEP": self.step} if "STEP" in kernel.arg_names else {}
+        narrow = max(16, self.side // 2)  # what holds four tiles has smaller ones
+        step = {"STEP": narrow if kernel is grad_kv_kernel else self.step} if "STEP" in kernel.arg_names else {}
         return {"SIDE": self.side, "DIM": self.dim, "PRECISION": self.precision, **step}
 
     def options(self, kernel: Any) -> dict[str, Any]:
-        return {**self.constants(kernel), "num_warps": self.warps, "num_stages": 1}
+        return {**self.constants(kernel), "num_warps": self.warps(kernel), "num_stages": 1}
+
+    def warps(self, kernel: Any) -> int:
+        """Of a block: as few as hold the tiles without spilling."""
+        few = kernel in (select_kernel, select_backward_kernel) or (self.dim == 32 and kernel is not grad_kv_kernel)
+        return 4 if few else 8
 
 
 def _tile(dim: int, dtype: torch.dtype, precision: str) -> _Tile:
     # float32 products take registers for both factors
     side = SIDE if dtype.itemsize == 2 else SIDE // 2
     dim = next(width for width in (32, 64, WIDEST) if dim <= width)
-    return _Tile(side, side // 2 if dim == WIDEST else side, dim, precision, 8 if dim > 32 else 4)
+    narrow = dim == WIDEST or (precision == "ieee" and dtype == torch.float32)
+    return _Tile(side, max(16, side // 2) if narrow else side, dim, precision)
 
 
 def _tile_of(q: Tensor, v: Tensor) -> _Tile:
@@ -415,7 +421,7 @@ def selective_attention_backward(
         row_blocks = triton.cdiv(stop - start, tile.side)
         shared = (q, k, v, grad_out, F, lse, delta)
         sizes = (*spans.sizes(), *spans.dims)
-        grad_selection_kernel[(batch * row_blocks * key_blocks,)](
+        grad_selection_kernel[(batch * row_blocks * triton.cdiv(spans.keys, tile.step),)](
             *shared,
             grad_memory,
             grad_F,
@@ -455,7 +461,7 @@ def launches() -> list[Launch]:
                     integers=("firsts",),
                     scalars=("queries", "keys", "heads", "kv_heads", "dim", "v_dim", "selector", "start", "stop"),
                     floats=("scale", "tau"),
-                    warps=tile.warps,
+                    warps=tile.warps(kernel),
                     label=f"{tile.side}x{tile.dim} {precision}",
                     matmul=dtype != torch.float32,
                 )
