@@ -296,7 +296,13 @@ class _Tile(NamedTuple):
 
     def warps(self, kernel: Any) -> int:
         """Of a block: as few as hold the tiles without spilling."""
-        few = kernel in (select_kernel, select_backward_kernel) or (self.dim == 32 and kernel is not grad_kv_kernel)
+        exact = self.side != SIDE and self.precision == "ieee"
+        if kernel in (select_kernel, select_backward_kernel):
+            few = not (exact and self.dim == WIDEST and kernel is select_backward_kernel)
+        elif kernel is grad_kv_kernel:
+            few = exact and self.dim == 64
+        else:
+            few = self.dim == 32 and not (exact and kernel is forward_kernel)
         return 4 if few else 8
 
 
