@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.backends import BackendError
 from mlreviews_kernels.static import Launch
 
 # rows of time and channels of a tile: wide enough for whole cache lines, small enough to stay in registers
@@ -189,6 +190,8 @@ def _grid(initial: Tensor) -> tuple[int, int]:
 def _forward(
     a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool, *, log: bool
 ) -> tuple[Tensor, Tensor]:
+    if initial.dtype == torch.float64:
+        raise BackendError('linear_scan: the Triton kernels compute in float32; use_backend("reference") has float64')
     a, b, initial = a.contiguous(), b.contiguous(), initial.contiguous()
     h, final = torch.empty_like(b, dtype=initial.dtype if log else b.dtype), torch.empty_like(initial)
     scan_kernel[_grid(initial)](

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.backends import BackendError
 from mlreviews_kernels.selective_scan.reference import CHUNK, border_rows
 from mlreviews_kernels.static import Launch
 
@@ -321,6 +322,10 @@ def selective_scan(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward; shapes as in `reference`, the states before each chunk in the rows that `border_rows` tells."""
+    if initial.dtype == torch.float64:
+        raise BackendError(
+            'selective_scan: the Triton kernels compute in float32; use_backend("reference") has float64'
+        )
     if A.shape[1] <= WIDEST:
         return _scan(u, delta, A, B, C, D, z, delta_bias, initial, offsets, delta_softplus)
     wide_u, wide_delta = u.float(), delta.float()
