@@ -28,9 +28,16 @@ def _draws(thing: object) -> bool:
     return inspect.isfunction(thing) and "generator" in inspect.signature(thing).parameters
 
 
+def _is_attention_layer(thing: object) -> bool:
+    # what TinyLM's `attention` argument is called with
+    asked = {"heads", "kv_heads", "layer", "generator"}
+    return inspect.isclass(thing) and issubclass(thing, nn.Module) and asked <= set(inspect.signature(thing).parameters)
+
+
 # family -> what makes a public name a member.  The batteries of the families that DESIGN.md lists arrive with their
 # first member: a predicate here, and test_<family>.py beside it.
 FAMILIES: dict[str, Callable[[object], bool]] = {
+    "attention_layer": _is_attention_layer,
     "module": _is_module,
     "optimiser": _is_optimiser,
     "random": _draws,

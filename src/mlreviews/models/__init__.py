@@ -2,12 +2,18 @@
 
 ::
 
-    from mlreviews.models import SequenceModel
+    from mlreviews.models import SequenceModel, TinyLM, TinyLMConfig
     from mlreviews.ssm import MinGRU
 
+    model = TinyLM(TinyLMConfig(d_model=128, layers=4))     # a transformer; its attention is one argument
+    out = model(ids)                        # ids int64 [batch, time], out.logits [batch, time, 259]
+    out = model(ids_t, out.cache)
+
     model = SequenceModel(259, 64, [MinGRU(64), MinGRU(64)], mlp_ratio=2)
-    logits, state = model(ids)              # ids int64 [batch, time], logits [batch, time, 259]
+    logits, state = model(ids)
     logits, state = model.step(ids_t, state)
 """
 
+from mlreviews.models.attention import *
 from mlreviews.models.sequence_model import *
+from mlreviews.models.tiny_lm import *

@@ -1,0 +1,219 @@
+"""Causal self-attention as a layer: projections, RoPE, grouped heads, and a cache of keys and values.
+
+`CausalAttention` is the standard layer, and the base of variants that differ only in how queries, keys and values are
+mixed. Such a variant is one method, and can be handed to `mlreviews.models.TinyLM` as it is::
+
+    class UniformAttention(CausalAttention):
+        def mix(self, q, cache):                # the mean of all values so far
+            ...
+
+    model = TinyLM(config, attention=UniformAttention)
+
+Like every mixer of `mlreviews.models.SequenceModel`, a layer is called as ``layer(x, state) -> (y, state)`` and has a
+``step``; the state is a `KVCache`, or whatever else a variant remembers of the past.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mlreviews.common.checks import check_count
+from mlreviews.common.layers import linear
+from mlreviews.common.rotary import apply_rotary, rotary_angles
+from mlreviews_kernels.attention import attention
+
+__all__ = ["CausalAttention", "KVCache"]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far. A value, not a container: each method returns another cache.
+
+    Attributes:
+        keys: [batch, time, kv_heads, dim], after RoPE.
+        values: [batch, time, kv_heads, value_dim].
+        mask: [batch, time], False at padding; None where there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens are held, padding included."""
+        return self.keys.shape[1]
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> KVCache:
+        """The cache with further tokens behind.
+
+        Args:
+            keys: [batch, new, kv_heads, dim].
+            values: [batch, new, kv_heads, value_dim].
+            mask: [batch, new], of the new tokens; None where all of them are real.
+
+        Raises:
+            ValueError: another batch, or other heads.
+        """
+        if (keys.shape[0], *keys.shape[2:]) != (self.keys.shape[0], *self.keys.shape[2:]):
+            raise ValueError(
+                f"state: expected a cache of keys [{keys.shape[0]}, time, {keys.shape[2]}, {keys.shape[3]}], "
+                f"got {list(self.keys.shape)}"
+            )
+        if self.mask is not None or mask is not None:
+            masks = (self.mask, self.keys), (mask, keys)
+            mask = torch.cat([_all_real(x) if m is None else m for m, x in masks], dim=1)
+        return KVCache(torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1), mask)
+
+    def crop(self, length: int) -> KVCache:
+        """The first tokens alone, as if the others had never come.
+
+        Args:
+            length: how many, 0 to `length`.
+
+        Raises:
+            ValueError: there are not that many.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, the tokens held, got {length}")
+        return KVCache(*(None if x is None else x[:, :length] for x in self))  # type: ignore[arg-type]
+
+    def rows(self, index: Int[Tensor, " rows"]) -> KVCache:
+        """The given rows of the batch, in that order; a row may be taken several times, as beam search does.
+
+        Args:
+            index: [rows], int64.
+        """
+        return KVCache(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
+
+
+def _all_real(keys: Tensor) -> Tensor:
+    return keys.new_ones(keys.shape[:2], dtype=torch.bool)
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention of every token to itself and those before it. Weights have Llama's names.
+
+    Args:
+        d_model: size of a token's vector.
+        heads: of the queries; their size is d_model / heads.
+        kv_heads: of keys and values; `heads` is a multiple of it. None is `heads`.
+        layer: which block of a model this is, from 0 on, for variants that depend on it.
+        rope_base: of the rotary embedding; None leaves positions out.
+        generator: draws the weights; None is the global one.
+
+    Raises:
+        ValueError: a size below 1, sizes that don't divide, or an odd head size with RoPE.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        layer: int = 0,
+        rope_base: float | None = 10000.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        for name, size in (("d_model", d_model), ("heads", heads), ("kv_heads", kv_heads)):
+            check_count(name, size)
+        check_count("layer", layer, least=0)
+        if d_model % heads:
+            raise ValueError(f"heads: expected a divisor of d_model {d_model}, got {heads}")
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads: expected a divisor of heads {heads}, got {kv_heads}")
+        self.d_model, self.heads, self.kv_heads, self.layer = d_model, heads, kv_heads, layer
+        self.head_dim, self.rope_base = d_model // heads, rope_base
+        if rope_base is not None and self.head_dim % 2:
+            raise ValueError(f"heads: expected an even head size for RoPE, got {d_model} / {heads} = {self.head_dim}")
+        self.q_proj = linear(d_model, d_model, bias=False, generator=generator)
+        self.k_proj = linear(d_model, kv_heads * self.head_dim, bias=False, generator=generator)
+        self.v_proj = linear(d_model, kv_heads * self.head_dim, bias=False, generator=generator)
+        self.o_proj = linear(d_model, d_model, bias=False, generator=generator)
+
+    def mix(
+        self, q: Float[Tensor, "batch time heads dim"], cache: KVCache
+    ) -> Float[Tensor, "batch time heads value_dim"]:
+        """What the heads give for each query; the method that variants replace.
+
+        Args:
+            q: [batch, time, heads, dim], after RoPE, the queries of the last `time` tokens of the cache.
+            cache: of all tokens, these included.
+        """
+        return attention(q, cache.keys, cache.values, mask=cache.mask)[0]
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: Any = None,
+        *,
+        mask: Bool[Tensor, "batch time"] | None = None,
+        positions: Int[Tensor, "*batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
+        """Runs over a sequence.
+
+        Args:
+            x: [batch, time, d_model].
+            state: what an earlier call returned; None before the first token.
+            mask: [batch, time], False at padding on the left of a row. The outputs there have no meaning.
+            positions: [time] or [batch, time], for RoPE; None counts on from the state. Padding on the left needs no
+                positions of its own, since only differences count.
+
+        Returns:
+            ``(y, state)``: [batch, time, d_model], and the state after the last token.
+
+        Raises:
+            ValueError: x, mask or state has another shape.
+        """
+        check_layer_input(x, self.d_model, mask)
+        q, k, v = self.project(x, 0 if state is None else state.length, positions)
+        cache = KVCache(k, v, mask) if state is None else state.append(k, v, mask)
+        return self.o_proj(self.mix(q, cache).flatten(2)), cache
+
+    def step(
+        self, x_t: Float[Tensor, "batch d_model"], state: Any = None
+    ) -> tuple[Float[Tensor, "batch d_model"], Any]:
+        """One token, [batch, d_model]: ``(y_t, state)`` as `forward` gives them for a sequence of length 1."""
+        if x_t.ndim != 2:
+            raise ValueError(f"x_t: expected [batch, {self.d_model}], got shape {tuple(x_t.shape)}")
+        y, state = self(x_t[:, None], state)
+        return y[:, 0], state
+
+    def project(self, x: Tensor, start: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [batch, time, heads or kv_heads, dim]; queries and keys after RoPE.
+
+        Args:
+            x: [batch, time, d_model].
+            start: position of the first token, where `positions` are None.
+            positions: as of `forward`.
+        """
+        q = self.q_proj(x).unflatten(2, (self.heads, -1))
+        k, v = (proj(x).unflatten(2, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        return *self.rotated(q, k, start=start, positions=positions), v
+
+    def rotated(self, *tensors: Tensor, start: int, positions: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Each of the tensors [batch, time, heads, dim] after RoPE; arguments as of `project`."""
+        if self.rope_base is None:
+            return tensors
+        if positions is None:
+            positions = torch.arange(start, start + tensors[0].shape[1], device=tensors[0].device)
+        angles = rotary_angles(positions, tensors[0].shape[3], base=self.rope_base)
+        return tuple(apply_rotary(x, angles) for x in tensors)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}, layer={self.layer}"
+
+
+def check_layer_input(x: Tensor, d_model: int, mask: Tensor | None = None) -> None:
+    """Raises ValueError unless x is [batch, time, d_model] without an empty axis, and the mask [batch, time]."""
+    if x.ndim != 3 or x.shape[2] != d_model or x.numel() == 0:
+        raise ValueError(f"x: expected [batch, time, {d_model}] with no empty axis, got shape {tuple(x.shape)}")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(f"mask: expected bool {list(x.shape[:2])}, as x has, got {mask.dtype} {list(mask.shape)}")
