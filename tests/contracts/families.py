@@ -28,6 +28,10 @@ def _draws(thing: object) -> bool:
     return inspect.isfunction(thing) and "generator" in inspect.signature(thing).parameters
 
 
+def _is_recurrent(thing: Any) -> bool:
+    return _is_module(thing) and hasattr(thing, "step") and "state" in inspect.signature(thing.forward).parameters
+
+
 def _is_attention_layer(thing: object) -> bool:
     # what TinyLM's `attention` argument is called with
     asked = {"heads", "kv_heads", "layer", "generator"}
@@ -41,6 +45,7 @@ FAMILIES: dict[str, Callable[[object], bool]] = {
     "module": _is_module,
     "optimiser": _is_optimiser,
     "random": _draws,
+    "recurrent": _is_recurrent,
 }
 
 
@@ -69,13 +74,25 @@ class Member:
     technique: Technique
     name: str
 
-    def sample(self) -> Sample:
-        """A fresh sample from the technique's test file."""
-        tests = f"tests.{self.technique.area}.test_{self.technique.module_name}"
-        contract = getattr(importlib.import_module(tests), "CONTRACT", {})
+    @property
+    def _tests(self) -> str:
+        return f"tests.{self.technique.area}.test_{self.technique.module_name}"
+
+    def _contract(self) -> dict[str, Callable[[], Sample]]:
+        return getattr(importlib.import_module(self._tests), "CONTRACT", {})
+
+    def sample(self, label: str | None = None) -> Sample:
+        """A fresh sample from the technique's test file: that of the name, or the one of a label of `labels`."""
+        contract = self._contract()
         if self.name not in contract:
-            pytest.fail(f'{tests} has no sample of {self.name}: add CONTRACT = {{"{self.name}": lambda: Sample(...)}}')
-        return contract[self.name]()
+            pytest.fail(
+                f'{self._tests} has no sample of {self.name}: add CONTRACT = {{"{self.name}": lambda: Sample(...)}}'
+            )
+        return contract[label or self.name]()
+
+    def labels(self) -> list[str]:
+        """What the test file calls its samples of the member: the name, and ``"name, in other settings"``."""
+        return [self.name, *(label for label in self._contract() if label.startswith(f"{self.name}, "))]
 
 
 def members(family: str) -> list[Member]:

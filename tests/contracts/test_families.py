@@ -28,12 +28,20 @@ def test_predicates() -> None:
     class Plain:
         x: int
 
+    class Recurrent(nn.Module):
+        def forward(self, x: object, state: object = None) -> object:
+            return x, state
+
+        step = forward
+
     def draws(n: int, *, generator: object = None) -> int:
         return n
 
     assert [name for name, belongs in FAMILIES.items() if belongs(nn.Linear)] == ["module"]
     assert [name for name, belongs in FAMILIES.items() if belongs(optim.SGD)] == ["optimiser"]
     assert [name for name, belongs in FAMILIES.items() if belongs(draws)] == ["random"]
+    assert [name for name, belongs in FAMILIES.items() if belongs(Recurrent)] == ["module", "recurrent"]
+    assert not FAMILIES["recurrent"](nn.LSTM)
     assert not any(belongs(thing) for belongs in FAMILIES.values() for thing in (Plain, 3, nn.Linear(1, 1), len))
 
 

@@ -333,8 +333,8 @@ class InputDependentSSM(_Recurrent):
         return entries.tanh() if self.mode == "diag" else entries.sigmoid()
 
     def _states(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        scan = matrix_scan if self.mode == "full" else linear_scan
-        return scan(self.transitions(x), self.B(x), state)
+        scan, transitions = matrix_scan if self.mode == "full" else linear_scan, self.transitions(x)
+        return scan(transitions, self.B(x).to(transitions.dtype), state)  # autocast may have left only one in float32
 
     def extra_repr(self) -> str:
         """Sizes and mode."""
