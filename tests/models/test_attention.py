@@ -165,3 +165,8 @@ def test_errors() -> None:
             layer(x, mask=mask)
     with pytest.raises(ValueError, match="state: expected a cache of keys"):
         layer(x[:1], layer(x)[1])
+
+
+def test_defaults() -> None:
+    layer = CausalAttention(DIM, HEADS, generator=_rng())
+    assert (layer.kv_heads, layer.layer, layer.rope_base, layer.head_dim) == (HEADS, 0, 10000.0, 2)

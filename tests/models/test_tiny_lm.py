@@ -149,7 +149,7 @@ def test_default_sizes() -> None:
         144,
         52,
     )
-    assert model.config == TinyLMConfig(d_model=48, layers=1)
+    assert model.config == TinyLMConfig(259, 48, 1, 4, None, None, 1e-6, True)
     # a tied head sees a normed vector: logits of unit variance
     wide = TinyLM(TinyLMConfig(d_model=512, layers=1), generator=_rng())
     assert 0.9 < wide(torch.arange(64)[None]).logits.std() < 1.1
