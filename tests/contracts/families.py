@@ -102,7 +102,7 @@ def members(family: str) -> list[Member]:
     for technique in techniques().values():
         if technique.implemented:
             module = importlib.import_module(technique.module)
-            found += [Member(technique, name) for name in module.__all__ if belongs(getattr(module, name))]
+            found += [Member(technique, name) for name in module.__all__ if belongs(getattr(module, name, None))]
     return found
 
 
