@@ -40,6 +40,7 @@ class Launch:
         dtype: of the tensors with a time axis.
         states: the pointer arguments that are float32 whatever the dtype.
         integers: pointer arguments to int64.
+        bytes: pointer arguments to uint8, such as masks.
         scalars: arguments that are numbers (int32), not pointers.
         floats: arguments that are float32 numbers.
         absent: pointer arguments that are None in this configuration.
@@ -54,6 +55,7 @@ class Launch:
     dtype: torch.dtype
     states: tuple[str, ...] = ()
     integers: tuple[str, ...] = ("offsets",)
+    bytes: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ("channels",)
     floats: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
@@ -76,6 +78,8 @@ class Launch:
             return "constexpr"
         if name in self.scalars or name in self.floats:
             return "i32" if name in self.scalars else "fp32"
+        if name in self.bytes:
+            return "*u8"
         dtype = torch.int64 if name in self.integers else torch.float32 if name in self.states else self.dtype
         return f"*{_NAMES[dtype]}"
 
