@@ -181,8 +181,10 @@ def test_padding_on_the_left_has_no_effect(case: tuple[Member, str]) -> None:
     y, state = layer(x, mask=mask)
     for row, padding in enumerate((0, 4)):
         alone, end = layer(x[row : row + 1, padding:])
-        torch.testing.assert_close(y[row : row + 1, padding:], alone)
-        torch.testing.assert_close(_rows(state, slice(row, row + 1)), end)
+        # A cache of keys still holds the padding, so what follows is compared; and angles of RoPE are float32.
+        following = (layer(x[row : row + 1], one)[0] for one in (_rows(state, slice(row, row + 1)), end))
+        for found, expected in ((y[row : row + 1, padding:], alone), following):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @each_packed
