@@ -12,9 +12,11 @@
     next(windows)           # int64 [16, 129], ids of ByteTokenizer
 """
 
+from mlreviews.datasets.addition import *
 from mlreviews.datasets.bundled import *
 from mlreviews.datasets.selective_copying import *
 from mlreviews.datasets.standard_library import *
 from mlreviews.datasets.tables import *
 from mlreviews.datasets.text import *
 from mlreviews.datasets.tokenizer import *
+from mlreviews.datasets.word_problems import *

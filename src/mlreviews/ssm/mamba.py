@@ -111,7 +111,76 @@ def initial_dt_bias(
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus, without overflow
 
 
-class MambaBlock(nn.Module):
+class SelectiveSSM(nn.Module):
+    """Convolution, selection and recurrence: what stands between the projections of a block.
+
+    Args:
+        d_inner: channels.
+        d_state: N, states a channel.
+        d_conv: width of the convolution.
+        dt_rank: size of delta in (2).
+        conv_bias: whether the convolution has a bias.
+        generator: draws the weights; None is the global one.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int,
+        d_conv: int,
+        dt_rank: int,
+        *,
+        conv_bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_inner, self.d_state, self.dt_rank = d_inner, d_state, dt_rank
+        self.conv1d = depthwise_conv1d(d_inner, d_conv, bias=conv_bias, generator=generator)
+        self.x_proj = linear(d_inner, dt_rank + 2 * d_state, bias=False, generator=generator)
+        self.dt_proj = linear(dt_rank, d_inner, generator=generator)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(initial_dt_bias(d_inner, generator=generator))
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+
+    def rates(self) -> Float[Tensor, "d_inner d_state"]:
+        """A = -exp(A_log), [d_inner, d_state], in float32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def convolve(
+        self, u: Tensor, window: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Float[Tensor, "batch time d_inner"], Float[Tensor, "sequences past d_inner"]]:
+        """The activated convolution of u, [batch, time, d_inner], and its window; arguments of `causal_conv1d`."""
+        u, window = causal_conv1d(u, self.conv1d.weight[:, 0], self.conv1d.bias, window, cu_seqlens=cu_seqlens)
+        return nn.functional.silu(u), window
+
+    def selection(
+        self, u: Float[Tensor, "*batch d_inner"]
+    ) -> tuple[Float[Tensor, "*batch d_inner"], Float[Tensor, "*batch d_state"], Float[Tensor, "*batch d_state"]]:
+        """Delta before bias and softplus, B and C, of eq. (2).
+
+        Args:
+            u: [..., d_inner], after the convolution.
+        """
+        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return nn.functional.linear(delta, self.dt_proj.weight), B, C
+
+    def scan(
+        self,
+        u: Float[Tensor, "batch time d_inner"],
+        delta: Float[Tensor, "batch time d_inner"],
+        B: Float[Tensor, "batch time d_state"],
+        C: Float[Tensor, "batch time d_state"],
+        z: Float[Tensor, "batch time d_inner"],
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "batch time d_inner"], Float[Tensor, "sequences d_inner d_state"]]:
+        """The gated recurrence (1) of what `selection` gave; initial_state and cu_seqlens as of `selective_scan`."""
+        inputs = (u, delta, self.rates(), B, C, self.D, z, self.dt_proj.bias)
+        return selective_scan(*inputs, delta_softplus=True, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+class MambaBlock(SelectiveSSM):
     """The block of the paper, figure 3. Parameters have the names of the authors' code and of transformers.
 
     Args:
@@ -140,36 +209,14 @@ class MambaBlock(nn.Module):
         conv_bias: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": rank}
         for name, size in sizes.items():
             check_count(name, size)
-        self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, expand * d_model, d_state, rank
+        super().__init__(expand * d_model, d_state, d_conv, rank, conv_bias=conv_bias, generator=generator)
+        self.d_model = d_model
         self.in_proj = linear(d_model, 2 * self.d_inner, bias=bias, generator=generator)
-        self.conv1d = depthwise_conv1d(self.d_inner, d_conv, bias=conv_bias, generator=generator)
-        self.x_proj = linear(self.d_inner, rank + 2 * d_state, bias=False, generator=generator)
-        self.dt_proj = linear(rank, self.d_inner, generator=generator)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(initial_dt_bias(self.d_inner, generator=generator))
-        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(self.d_inner, 1))
-        self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = linear(self.d_inner, d_model, bias=bias, generator=generator)
-
-    def rates(self) -> Float[Tensor, "d_inner d_state"]:
-        """A = -exp(A_log), [d_inner, d_state], in float32 at least."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-
-    def selection(
-        self, u: Float[Tensor, "*batch d_inner"]
-    ) -> tuple[Float[Tensor, "*batch d_inner"], Float[Tensor, "*batch d_state"], Float[Tensor, "*batch d_state"]]:
-        """Delta before bias and softplus, B and C, of eq. (2).
-
-        Args:
-            u: [..., d_inner], after the convolution.
-        """
-        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return nn.functional.linear(delta, self.dt_proj.weight), B, C
 
     def forward(
         self,
@@ -198,22 +245,9 @@ class MambaBlock(nn.Module):
         check_sequence(x, self.d_model, mask)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         window, ssm = (None, None) if state is None else state
-        u, window = self._convolve(without(u, mask), window, cu_seqlens)
+        u, window = self.convolve(without(u, mask), window, cu_seqlens)
         u = without(u, mask)
-        delta, B, C = self.selection(u)
-        y, ssm = selective_scan(
-            u,
-            delta,
-            self.rates(),
-            B,
-            C,
-            self.D,
-            z,
-            self.dt_proj.bias,
-            delta_softplus=True,
-            initial_state=ssm,
-            cu_seqlens=cu_seqlens,
-        )
+        y, ssm = self.scan(u, *self.selection(u), z, ssm, cu_seqlens)
         return self.out_proj(y), MambaState(window, ssm)
 
     def step(
@@ -227,17 +261,13 @@ class MambaBlock(nn.Module):
             return y[:, 0], state
         check_sequence(x_t[:, None], self.d_model)
         u, z = self.in_proj(x_t).chunk(2, dim=-1)
-        u, window = self._convolve(u[:, None], state.conv, None)
+        u, window = self.convolve(u[:, None], state.conv)
         u = u[:, 0]
         delta, B, C = self.selection(u)
         y, ssm = selective_scan_step(
             u, delta, self.rates(), B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, state=state.ssm
         )
         return self.out_proj(y), MambaState(window, ssm)
-
-    def _convolve(self, u: Tensor, window: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        u, window = causal_conv1d(u, self.conv1d.weight[:, 0], self.conv1d.bias, window, cu_seqlens=cu_seqlens)
-        return nn.functional.silu(u), window
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -52,10 +52,9 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from mlreviews.common.checks import check_count, check_number
-from mlreviews.common.layers import causal_conv1d, linear
+from mlreviews.common.layers import linear
 from mlreviews.models import ResidualBlock, SequenceModel
 from mlreviews.ssm.mamba import MambaBlock, MambaState, check_sequence
-from mlreviews_kernels.selective_scan import selective_scan
 
 __all__ = ["Compressed", "ReMamba", "adapted_forward", "range_to_compress", "select_topk_by_query"]
 
@@ -173,12 +172,11 @@ def adapted_forward(
     if ret_bias.shape != (block.d_inner,):
         raise ValueError(f"ret_bias: expected [{block.d_inner}], got shape {tuple(ret_bias.shape)}")
     u, z = block.in_proj(x).chunk(2, dim=-1)
-    u, window = causal_conv1d(u, block.conv1d.weight[:, 0], block.conv1d.bias)
-    u = nn.functional.silu(u)
+    u, window = block.convolve(u)
     delta, B, C = block.selection(u)
     scaled = delta[:, first:last] * weights[..., None].to(delta.dtype) + ret_bias
     delta = torch.cat([delta[:, :first], scaled, delta[:, last:]], dim=1)
-    y, ssm = selective_scan(u, delta, block.rates(), B, C, block.D, z, block.dt_proj.bias, delta_softplus=True)
+    y, ssm = block.scan(u, delta, B, C, z)
     return block.out_proj(y), MambaState(window, ssm)
 
 

@@ -63,9 +63,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mlreviews.common.checks import check_count, check_number
-from mlreviews.common.layers import causal_conv1d, depthwise_conv1d, linear
-from mlreviews.ssm.mamba import check_sequence, initial_dt_bias
-from mlreviews_kernels.selective_scan import selective_scan
+from mlreviews.common.layers import linear
+from mlreviews.ssm.mamba import SelectiveSSM, check_sequence
 
 __all__ = [
     "SSAMBA",
@@ -213,44 +212,14 @@ def masked_patch_loss(
     return MaskedPatchLoss(disc + lam * gen, disc, gen)
 
 
-class _Direction(nn.Module):
-    """Convolution, selection and recurrence of one direction; parameters have the names of `MambaBlock`.
-
-    Args:
-        d_inner: channels.
-        d_state: N, states a channel.
-        d_conv: width of the convolution.
-        dt_rank: size of the step sizes before their projection.
-        generator: draws the weights; None is the global one.
-    """
-
-    def __init__(
-        self, d_inner: int, d_state: int, d_conv: int, dt_rank: int, *, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__()
-        self.sizes = [dt_rank, d_state, d_state]
-        self.conv1d = depthwise_conv1d(d_inner, d_conv, generator=generator)
-        self.x_proj = linear(d_inner, sum(self.sizes), bias=False, generator=generator)
-        self.dt_proj = linear(dt_rank, d_inner, generator=generator)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(initial_dt_bias(d_inner, generator=generator))
-        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(d_inner, 1))
-        self.D = nn.Parameter(torch.ones(d_inner))
+class _Direction(SelectiveSSM):
+    """SSM(u) * silu(z), from the first token to the last."""
 
     def forward(
         self, u: Float[Tensor, "batch patches d_inner"], z: Float[Tensor, "batch patches d_inner"]
     ) -> Float[Tensor, "batch patches d_inner"]:
-        """SSM(u) * silu(z), from the first token to the last.
-
-        Args:
-            u: [batch, patches, d_inner], the input.
-            z: [batch, patches, d_inner], the gate.
-        """
-        u = nn.functional.silu(causal_conv1d(u, self.conv1d.weight[:, 0], self.conv1d.bias)[0])
-        delta, B, C = self.x_proj(u).split(self.sizes, dim=-1)
-        delta = nn.functional.linear(delta, self.dt_proj.weight)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        return selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)[0]
+        u, _ = self.convolve(u)
+        return self.scan(u, *self.selection(u), z)[0]
 
 
 class BiMambaBlock(nn.Module):
@@ -281,8 +250,9 @@ class BiMambaBlock(nn.Module):
             check_count(name, size)
         self.d_model, d_inner, rank = d_model, expand * d_model, math.ceil(d_model / 16)
         self.in_proj = linear(d_model, 2 * d_inner, bias=False, generator=generator)
-        self.forwards = _Direction(d_inner, d_state, d_conv, rank, generator=generator)
-        self.backwards = _Direction(d_inner, d_state, d_conv, rank, generator=generator)
+        self.forwards, self.backwards = (
+            _Direction(d_inner, d_state, d_conv, rank, generator=generator) for _ in range(2)
+        )
         self.out_proj = linear(d_inner, d_model, bias=False, generator=generator)
 
     def forward(self, x: Float[Tensor, "batch patches d_model"]) -> Float[Tensor, "batch patches d_model"]:

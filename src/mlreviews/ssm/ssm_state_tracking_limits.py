@@ -5,10 +5,11 @@ Paper: Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues (arX
 Paper: The Expressive Limits of Diagonal SSMs for State-Tracking (arXiv:2603.01959).
 
 A recurrent layer looks as if it kept track of a state. But where the transitions are diagonal (Mamba) or the same for
-every input (S4), their products commute, and the layer computes nothing that a circuit of constant depth could not. The
-test is the word problem of a group: given elements one by one, say their product so far. In A5, which is not solvable,
-it is as hard as any sequential computation with a finite memory. Two changes let one layer solve it: a transition
-matrix that depends on the input (IDS4, a weighted finite automaton), or a nonlinearity in the recurrence (RNN-SSM).
+every input (S4), their products commute, and the layer computes nothing that a circuit of constant depth could not
+(theorems 4.2 and 4.4). The test is the word problem of a group: given elements one by one, say their product so far. In
+A5, which is not solvable, it is as hard as any sequential computation with a finite memory. Two changes let one layer
+solve it (theorems 5.1 and 5.2): a nonlinearity in the recurrence (RNN-SSM), or a transition matrix that depends on the
+input (IDS4, a weighted finite automaton). Word problems are drawn by `mlreviews.datasets`.
 
 Equation:
     $$ h_t = A(x_t)\, h_{t-1} + B x_t, \qquad y_t = C h_t + D x_t \tag{1} $$
@@ -43,9 +44,9 @@ Symbols:
 
 Defaults:
     mode: "full", the paper's IDS4 (section 5.2).
-    initialisation of A: W uniform as in torch.nn.Linear, mat(w) the identity; entries of w uniform in [-2, 2] for
-        diagonal modes (ours).
-    activation: tanh (ours; the paper's proof takes the sign, which has no gradient).
+    initialisation of A: around the identity (section 6, where the deviations are normal; here W is uniform as in
+        torch.nn.Linear and mat(w) the identity); entries of w uniform in [-2, 2] for diagonal modes (ours).
+    activation: tanh (ours; section 5.1 takes the sign, which has no gradient).
 
 Deviations:
     1. B, C and D don't depend on the input, so that modes differ in A alone. Mamba's B and C do.
@@ -61,186 +62,24 @@ Reduces to:
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Callable
-from functools import cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mlreviews.common.checks import check_count
-from mlreviews_kernels.arguments import check_floating, check_same, check_shape
+from mlreviews.common.matrix_scan import matrix_scan
+from mlreviews.datasets import group_permutations
+from mlreviews_kernels.arguments import check_shape
 from mlreviews_kernels.linear_scan import linear_scan
 
-__all__ = [
-    "RNNSSM",
-    "InputDependentSSM",
-    "group_permutations",
-    "group_table",
-    "group_word_problem",
-    "matrix_scan",
-    "word_problem_rnn",
-    "word_problem_ssm",
-]
+__all__ = ["RNNSSM", "InputDependentSSM", "word_problem_rnn", "word_problem_ssm"]
 
 Mode = Literal["full", "diag", "positive", "fixed"]
 
 _MODES = ("full", "diag", "positive", "fixed")
-_LARGEST = {"Z": 1000, "A": 6, "S": 6}
-# Up to this many steps a loop of matrix-vector products is quicker than the tree, whose products are of matrices.
-_LOOP = 16
-
-
-def group_permutations(group: str) -> Int[Tensor, "order points"]:
-    """The elements of a group as permutations: row g maps point i to ``[g, i]``.
-
-    Args:
-        group: cyclic ``Z<n>``, alternating ``A<n>``, symmetric ``S<n>``, or their direct product, such as ``"A4xZ5"``.
-
-    Returns:
-        [order, points], in lexicographic order; row 0 is the identity, and in ``Z<n>`` row g is the shift by g.
-
-    Raises:
-        ValueError: not such a name, or n is more than 1000 (``Z``) or 6 (``A``, ``S``).
-    """
-    return torch.tensor(_permutations(group))
-
-
-@cache
-def _permutations(group: str) -> tuple[tuple[int, ...], ...]:
-    elements: list[tuple[int, ...]] = [()]
-    for factor in group.split("x"):
-        if not re.fullmatch(r"[ZAS][1-9]\d*", factor) or int(factor[1:]) > _LARGEST[factor[0]]:
-            raise ValueError(f"group: expected factors Z1 to Z1000, A1 to A6, S1 to S6 joined by x, got {group!r}")
-        n = int(factor[1:])
-        if factor[0] == "Z":
-            rows = [tuple((i + shift) % n for i in range(n)) for shift in range(n)]
-        else:
-            rows = [row for row in itertools.permutations(range(n)) if factor[0] == "S" or _is_even(row)]
-        elements = [old + tuple(len(old) + i for i in row) for old in elements for row in rows]
-    return tuple(elements)
-
-
-def _is_even(permutation: tuple[int, ...]) -> bool:
-    return sum(i > j for i, j in itertools.combinations(permutation, 2)) % 2 == 0
-
-
-def group_table(group: str) -> Int[Tensor, "order order"]:
-    """The multiplication table: ``[g, h]`` is the number of the product gh, which applies h first.
-
-    Args:
-        group: as for `group_permutations`.
-
-    Returns:
-        [order, order], int64.
-
-    Raises:
-        ValueError: not a group's name.
-    """
-    return _table(group).clone()
-
-
-@cache
-def _table(group: str) -> Tensor:
-    elements = _permutations(group)
-    number = {element: i for i, element in enumerate(elements)}
-    return torch.tensor([[number[tuple(g[i] for i in h)] for h in elements] for g in elements])
-
-
-def group_word_problem(
-    group: str, time: int, batch: int, *, generator: torch.Generator | None = None
-) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Draws instances of a word problem; ``"Z2"`` is parity.
-
-    Args:
-        group: as for `group_permutations`.
-        time: elements in a sequence.
-        batch: sequences.
-        generator: draws the elements, independent and uniform.
-
-    Returns:
-        ``(tokens, products)``, int64: the elements g_1, g_2, ... and their prefix products g_1, g_1 g_2, ...
-
-    Raises:
-        ValueError: not a group's name, or time or batch below 1.
-        TypeError: time or batch is not a whole number.
-    """
-    check_count("time", time)
-    check_count("batch", batch)
-    table = _table(group)
-    tokens = torch.randint(len(table), (batch, time), generator=generator)
-    products, reach = tokens, 1
-    while reach < time:  # each entry holds the product of the last `reach` elements, or of all before it
-        products = torch.cat([products[:, :reach], table[products[:, :-reach], products[:, reach:]]], dim=1)
-        reach *= 2
-    return tokens, products
-
-
-def matrix_scan(
-    A: Float[Tensor, "batch time d d"],
-    b: Float[Tensor, "batch time d *columns"] | None = None,
-    initial_state: Float[Tensor, "batch d *columns"] | None = None,
-) -> tuple[Float[Tensor, "batch time d *columns"], Float[Tensor, "batch d *columns"]]:
-    """All states of h_t = A_t h_{t-1} + b_t by the associative scan of eq. (3).
-
-    Neighbouring steps are composed until 16 are left, and the states between are filled in on the way back: less than
-    one product of matrices and two of a matrix and a vector for each step, in about log2(time) rounds.
-
-    Args:
-        A: [batch, time, d, d], any matrices.
-        b: [batch, time, d], or [batch, time, d, k] for k columns under the same transitions; None is 0.
-        initial_state: [batch, d] or [batch, d, k]; None is 0. With the identity (k = d) and without b the states are
-            the prefix products A_t ... A_1.
-
-    Returns:
-        ``(states, final_state)``, [batch, time, d] and [batch, d], or with k columns each. States have the dtype of A;
-        the final one, as all that is computed, float32 for half precision. Gradients flow through both.
-
-    Raises:
-        ValueError: shapes don't fit, an axis is empty, or neither b nor an initial state is given.
-        TypeError: b has another dtype than A, or one is not floating point.
-    """
-    check_floating("A", A)
-    if A.ndim != 4 or A.shape[2] != A.shape[3] or A.numel() == 0:
-        raise ValueError(f"A: expected [batch, time, d, d] with no empty axis, got shape {tuple(A.shape)}")
-    batch, time, d = A.shape[:3]
-    if b is not None:
-        columns = tuple(b.shape[3:])
-        check_shape("b", b, (batch, time, d, *columns), "[batch, time, d, ...]")
-        check_same("b", b, A)
-    elif initial_state is not None:
-        columns = tuple(initial_state.shape[2:])
-        b = A.new_zeros(batch, time, d, *columns)
-    else:
-        raise ValueError("b, initial_state: expected at least one of them, got neither: all states would be 0")
-    if initial_state is None:
-        initial_state = A.new_zeros(batch, d, *columns)
-    check_floating("initial_state", initial_state)
-    check_shape("initial_state", initial_state, (batch, d, *columns), "[batch, d, ...]")
-    wide = torch.promote_types(A.dtype, torch.float32)
-    flat = b.to(wide).reshape(batch, time, d, -1), initial_state.to(wide).reshape(batch, d, -1)
-    states = _tree(A.to(wide), *flat).reshape(batch, time, d, *columns)
-    return states.to(A.dtype), states[:, -1]
-
-
-def _tree(A: Tensor, b: Tensor, before: Tensor) -> Tensor:
-    """States [batch, time, d, k] after each step, from the one before the first."""
-    time = A.shape[1]
-    if time <= _LOOP:
-        states = [before]
-        for transition, inflow in zip(A.unbind(1), b.unbind(1), strict=True):
-            states.append(torch.baddbmm(inflow, transition, states[-1]))
-        return torch.stack(states[1:], dim=1)
-    pairs = time // 2
-    A_first, A_second, b_first, b_second = A[:, : 2 * pairs : 2], A[:, 1::2], b[:, : 2 * pairs : 2], b[:, 1::2]
-    second = _tree(A_second @ A_first, A_second @ b_first + b_second, before)  # eq. (3)
-    starts = torch.cat([before[:, None], second], dim=1)[:, : time - pairs]
-    first = A[:, ::2] @ starts + b[:, ::2]
-    both = torch.stack([first[:, :pairs], second], dim=2).flatten(1, 2)
-    return torch.cat([both, first[:, pairs:]], dim=1)
 
 
 class _Recurrent(nn.Module):

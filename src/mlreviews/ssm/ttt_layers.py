@@ -65,6 +65,7 @@ from torch import Tensor, nn
 
 from mlreviews.common.checks import check_count, check_number
 from mlreviews.common.layers import linear
+from mlreviews.common.rotary import apply_rotary
 from mlreviews.ssm.mamba import check_sequence
 from mlreviews_kernels.delta_rule import delta_rule
 
@@ -163,18 +164,32 @@ def affine_dual(
     return q @ W + b - scale[:, None] * moved, (dW + k.mT @ errors, db + errors.sum(-2, keepdim=True))
 
 
-class _TTTLayer(nn.Module):
-    """What the two layers have in common: all but the inner model."""
+class TTTLinear(nn.Module):
+    """The layer whose inner model is linear, the first of (3). Parameters have the names of the authors' code.
+
+    Args:
+        d_model: size of input and output.
+        n_heads: inner models, of d_model / n_heads inputs each, an even number.
+        mini_batch: b.
+        eta_base: highest inner step size, before the division by d of (5).
+        inner_ln: whether the inner model has its layer norm.
+        inner_residual: whether it has its residual connection.
+        generator: draws the weights; None is the global one.
+
+    Raises:
+        ValueError: a size below 1, eta_base below 0, or an odd or broken number of inputs a head.
+    """
 
     def __init__(
         self,
         d_model: int,
         n_heads: int,
-        mini_batch: int,
-        eta_base: float,
-        inner_ln: bool,
-        inner_residual: bool,
-        generator: torch.Generator | None,
+        mini_batch: int = 16,
+        eta_base: float = 1.0,
+        inner_ln: bool = True,
+        inner_residual: bool = True,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         for name, count in (("d_model", d_model), ("n_heads", n_heads), ("mini_batch", mini_batch)):
@@ -195,14 +210,20 @@ class _TTTLayer(nn.Module):
             self.ttt_norm_weight = nn.Parameter(torch.ones(n_heads, self.head_dim))
             self.ttt_norm_bias = nn.Parameter(torch.zeros(n_heads, self.head_dim))
         self.post_norm = nn.LayerNorm(d_model, eps=EPS)
+        self._add_inner_model(generator)
+
+    def _add_inner_model(self, generator: torch.Generator | None) -> None:
+        self.W1 = _normal(self.n_heads, self.head_dim, self.head_dim, generator=generator)
+        self.b1 = nn.Parameter(torch.zeros(self.n_heads, 1, self.head_dim))
 
     def inner_parameters(self) -> tuple[Tensor, ...]:
         """The inner model's weights before the first token, learned by the outer loop."""
-        raise NotImplementedError
+        return self.W1, self.b1
 
     def affine(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """The inner model without norm and residual connection, [batch, heads, time, d] to the same."""
-        raise NotImplementedError
+        W, b = weights
+        return x @ W + b
 
     def learn(
         self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, state: TTTState
@@ -220,7 +241,9 @@ class _TTTLayer(nn.Module):
         Returns:
             The affine part of the inner model for q, and the sums of gradients after the last token.
         """
-        raise NotImplementedError
+        (W, b), (dW, db), _ = state
+        errors = rate[..., None] * self._error(self.affine(k, (W, b)), k, v)
+        return affine_dual(q, k, errors, scale, (W, b), (dW, db))
 
     def forward(
         self, x: Float[Tensor, "batch time d_model"], state: TTTState | None = None
@@ -275,14 +298,14 @@ class _TTTLayer(nn.Module):
             x: [batch, time, d_model].
             position: place of the first token in its mini-batch, for the rotation.
         """
-        q, k, v = (
-            _wide(getattr(self, name)(x)).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        heads = (self.n_heads, self.head_dim)
+        q, k, v = (_wide(getattr(self, name)(x)).unflatten(-1, heads) for name in ("q_proj", "k_proj", "v_proj"))
         places = (position + torch.arange(x.shape[1], device=x.device)) % self.mini_batch
+        speeds = 10000.0 ** (-torch.arange(0, self.head_dim, 2, device=x.device, dtype=q.dtype) / self.head_dim)
+        q, k = (apply_rotary(part, places[:, None] * speeds, interleaved=True) for part in (q, k))
         logits = nn.functional.linear(x, self.learnable_ttt_lr_weight[:, 0], self.learnable_ttt_lr_bias[:, 0])
         rate = self.eta_base / self.head_dim * torch.sigmoid(_wide(logits).transpose(1, 2))
-        return _rotated(q, places), _rotated(k, places), v, rate
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rate
 
     def token_scale(self) -> Float[Tensor, " mini_batch"]:
         """c of (5), for each place in a mini-batch."""
@@ -335,69 +358,17 @@ class _TTTLayer(nn.Module):
         return f"d_model={self.d_model}, n_heads={self.n_heads}, mini_batch={self.mini_batch}, eta_base={self.eta_base}"
 
 
-class TTTLinear(_TTTLayer):
-    """The layer whose inner model is linear, the first of (3). Parameters have the names of the authors' code.
+class TTTMLP(TTTLinear):
+    """The layer whose inner model has two layers, the second of (3), 4 d wide.
 
     Args:
-        d_model: size of input and output.
-        n_heads: inner models, of d_model / n_heads inputs each, an even number.
+        d_model: as of `TTTLinear`, like all that follow.
+        n_heads: inner models.
         mini_batch: b.
-        eta_base: highest inner step size, before the division by d of (5).
-        inner_ln: whether the inner model has its layer norm.
-        inner_residual: whether it has its residual connection.
-        generator: draws the weights; None is the global one.
-
-    Raises:
-        ValueError: a size below 1, eta_base below 0, or an odd or broken number of inputs a head.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        n_heads: int,
-        mini_batch: int = 16,
-        eta_base: float = 1.0,
-        inner_ln: bool = True,
-        inner_residual: bool = True,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(d_model, n_heads, mini_batch, eta_base, inner_ln, inner_residual, generator)
-        self.W1 = _normal(n_heads, self.head_dim, self.head_dim, generator=generator)
-        self.b1 = nn.Parameter(torch.zeros(n_heads, 1, self.head_dim))
-
-    def inner_parameters(self) -> tuple[Tensor, ...]:
-        """W and b before the first token."""
-        return self.W1, self.b1
-
-    def affine(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        """X W + b, heads before time."""
-        W, b = weights
-        return x @ W + b
-
-    def learn(
-        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, scale: Tensor, state: TTTState
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As of the base class."""
-        (W, b), (dW, db), _ = state
-        errors = rate[..., None] * self._error(self.affine(k, (W, b)), k, v)
-        return affine_dual(q, k, errors, scale, (W, b), (dW, db))
-
-
-class TTTMLP(_TTTLayer):
-    """The layer whose inner model has two layers, the second of (3), 4 d wide. Names as in the authors' code.
-
-    Args:
-        d_model: size of input and output.
-        n_heads: inner models, of d_model / n_heads inputs each, an even number.
-        mini_batch: b.
-        eta_base: highest inner step size, before the division by d of (5).
-        inner_ln: whether the inner model has its layer norm.
-        inner_residual: whether it has its residual connection.
-        generator: draws the weights; None is the global one.
-
-    Raises:
-        ValueError: a size below 1, eta_base below 0, or an odd or broken number of inputs a head.
+        eta_base: highest inner step size.
+        inner_ln: whether there is the inner norm.
+        inner_residual: whether there is the inner residual connection.
+        generator: draws the weights.
     """
 
     def __init__(
@@ -411,12 +382,12 @@ class TTTMLP(_TTTLayer):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(d_model, n_heads, mini_batch, eta_base, inner_ln, inner_residual, generator)
-        hidden = 4 * self.head_dim
-        self.W1 = _normal(n_heads, self.head_dim, hidden, generator=generator)
-        self.b1 = nn.Parameter(torch.zeros(n_heads, 1, hidden))
-        self.W2 = _normal(n_heads, hidden, self.head_dim, generator=generator)
-        self.b2 = nn.Parameter(torch.zeros(n_heads, 1, self.head_dim))
+        super().__init__(d_model, n_heads, mini_batch, eta_base, inner_ln, inner_residual, generator=generator)
+
+    def _add_inner_model(self, generator: torch.Generator | None) -> None:
+        heads, dim, hidden = self.n_heads, self.head_dim, 4 * self.head_dim
+        self.W1, self.b1 = _normal(heads, dim, hidden, generator=generator), nn.Parameter(torch.zeros(heads, 1, hidden))
+        self.W2, self.b2 = _normal(heads, hidden, dim, generator=generator), nn.Parameter(torch.zeros(heads, 1, dim))
 
     def inner_parameters(self) -> tuple[Tensor, ...]:
         """W1, b1, W2 and b2 before the first token."""
@@ -454,16 +425,6 @@ def _normed(z: Tensor) -> tuple[Tensor, Tensor]:
     centred = z - z.mean(-1, keepdim=True)
     std = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
     return centred / std, std
-
-
-def _rotated(x: Tensor, places: Tensor) -> Tensor:
-    """RoPE: neighbouring entries 2 i and 2 i + 1 are turned by place * 10000^(-2 i / d)."""
-    dim = x.shape[-1]
-    speeds = 10000.0 ** (-torch.arange(0, dim, 2, device=x.device, dtype=x.dtype) / dim)
-    angles = places[:, None] * speeds
-    cos, sin = angles.cos(), angles.sin()
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
 
 def _wide(x: Tensor) -> Tensor:
