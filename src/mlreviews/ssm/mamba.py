@@ -34,7 +34,8 @@ Defaults:
     expand: 2 (section 3.4).
     dt_rank: d_model / 16, rounded up (section 3.6; authors' code).
     A: -(1, ..., N) in every channel, S4D-Real (section 3.6).
-    b_Delta: such that step sizes are log-uniform in [0.001, 0.1] (section 3.6; lower bound 1e-4, authors' code).
+    b_Delta: such that step sizes are log-uniform in [0.001, 0.1], 1e-4 at least (authors' code; section 3.6 has them
+        uniform there).
 
 Deviations:
     1. The recurrence (1) has the factor of (3) replaced by 1, as the authors' code has; equation 4 of the paper has it.

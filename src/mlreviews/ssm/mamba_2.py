@@ -8,13 +8,14 @@ inputs with a matrix that can be written down: an attention matrix without softm
 recurrent form takes linear time, the attention form uses matrix units; in chunks one has both.
 
 Equation:
-    For each head with the state $H_t \in \mathbb{R}^{N \times P}$ (section 2.4 and equation 16 of the paper):
+    For each head with the state $H_t \in \mathbb{R}^{N \times P}$ (equation 2 and section 5.1 of the paper):
     $$ H_t = a_t H_{t-1} + B_t x_t^\top, \qquad y_t = H_t^\top C_t \tag{1} $$
-    or as one matrix, with the 1-semiseparable mask L (section 4.1 and definition 3.1 of the paper):
+    or as one matrix, with the 1-semiseparable mask L (equations 6 and 16 of the paper):
     $$ Y = M X, \qquad M = L \circ (C B^\top), \qquad L_{ij} = a_{j+1} \cdots a_i = e^{S_{ij}} \text{ for } i \ge j
        \text{, else } 0 \tag{2} $$
     $$ S_{ij} = \sum_{k=j+1}^{i} \log a_k \text{ for } i \ge j, \quad -\infty \text{ else} \tag{3} $$
-    Any block of M on or below the diagonal has rank N at most. The block of the paper (section 7):
+    Any block of M on or below the diagonal has rank N at most (definition 3.1 and theorem 3.5).
+    The block of the paper (section 7):
     $$ [z, x, B, C, \delta] = W_{in} u, \qquad [x, B, C] \leftarrow \mathrm{silu}(\mathrm{conv}([x, B, C])), \qquad
        \Delta = \mathrm{softplus}(\delta + b_\Delta) \tag{4} $$
     $$ a_t = e^{\Delta_t A}, \qquad y = \mathrm{SSM}(\Delta x, a, B, C) + D x, \qquad

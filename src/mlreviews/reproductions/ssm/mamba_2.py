@@ -157,7 +157,7 @@ def _identity_claims(duality: float, rank: tuple[int, int], attention: float) ->
         measure("... and attain it (smallest rank)", f"{PAPER}, definition 3.1", rank[0], at_least=8),
         measure(
             "Without decay it is causal linear attention (largest relative error)",
-            f"{PAPER}, section 4.1",
+            f"{PAPER}, section 5.2",
             attention,
             at_most=1e-12,
         ),
