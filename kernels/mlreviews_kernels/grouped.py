@@ -22,7 +22,7 @@ def by_head(tensor: Tensor, kv_heads: int) -> Tensor:
 def by_token(tensor: Tensor, heads: int) -> Tensor:
     """The way back of `by_head`."""
     batch, kv_heads, rows, dim = tensor.shape
-    return tensor.reshape(batch, heads, rows * kv_heads // max(heads, 1), dim).transpose(1, 2)
+    return tensor.reshape(batch, heads, rows * kv_heads // heads, dim).transpose(1, 2)
 
 
 def finite(lse: Tensor) -> Tensor:
