@@ -15,5 +15,6 @@
 """
 
 from mlreviews.models.attention import *
+from mlreviews.models.recurrent_attention import *
 from mlreviews.models.sequence_model import *
 from mlreviews.models.tiny_lm import *
