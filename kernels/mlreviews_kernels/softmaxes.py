@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_floating, check_offsets, check_same, check_shape, offsets_of
+from mlreviews_kernels.backends import BACKENDS, BackendError, Core, select
 from mlreviews_kernels.compiled import load, pointer
 
 __all__ = [
+    "WIDEST",
     "Geometry",
     "check_layout",
     "check_scale",
+    "chosen_for",
     "flat_mask",
     "offsets_of_both",
     "vectorised",
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 ROWS = 128  # queries that the vectorised form takes at a time
+WIDEST = 128  # heads of the Triton kernels; v is twice as wide where two softmaxes share it
 FEW = 4  # queries a sequence that aren't worth the compiled form's copies of all keys and values
 
 
@@ -97,6 +101,28 @@ def offsets_of_both(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Te
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:
         raise ValueError(f"cu_seqlens: expected as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
     return tuple(offsets_of(x.shape[0], x.shape[1], cu_seqlens, x.device) for x in (q, k))  # type: ignore[return-value]
+
+
+def chosen_for(core: Core, q: Tensor, width: int, widest: int = WIDEST) -> tuple[str, Tensor]:
+    """`ops.chosen`; what the Triton kernels can't take runs in the PyTorch of ``cpu.py``, unless they are asked for.
+
+    Args:
+        core: the core.
+        q: the queries.
+        width: of the widest heads.
+        widest: of the heads that the Triton kernels can take.
+
+    Raises:
+        BackendError: a backend was asked for by name and can't be used.
+    """
+    choice = select(core, q.device)
+    backend = choice.backend
+    if backend == "triton" and (q.dtype == torch.float64 or width > widest):
+        if choice.reason.startswith("asked for"):
+            what = f"they compute in float32 and take heads of at most {widest}, these are {q.dtype} and {width} wide"
+            raise BackendError(f"{core.name}: the Triton kernels {choice.reason} can't be used: {what}")
+        backend = "cpu"
+    return backend, torch.tensor([BACKENDS.index(backend)], dtype=torch.int8)
 
 
 @dataclass(frozen=True)
@@ -272,7 +298,7 @@ def vectorised_backward(
 def library_for(source: Path, q: Tensor, geometry: Geometry) -> ctypes.CDLL | None:
     """The compiled form where it serves: not in float64, and not for a few queries over many keys (decoding)."""
     sequences = len(geometry.q_offsets) - 1
-    if q.dtype == torch.float64 or q.shape[0] <= FEW * sequences:
+    if q.dtype == torch.float64 or q.device.type != "cpu" or q.shape[0] <= FEW * sequences:
         return None
     return load(source)
 

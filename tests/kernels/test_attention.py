@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,21 +15,33 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mlreviews_kernels import softmaxes, use_backend
+from mlreviews_kernels import BackendError, softmaxes, use_backend
 from mlreviews_kernels.attention import attention, merge_attention
+from mlreviews_kernels.backends import Choice
 from mlreviews_kernels.compiled import without_compiled_code
 
-BACKENDS = ["reference", "cpu", "vectorised"]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-fast = pytest.mark.parametrize("backend", ["cpu", "vectorised"])
+gpu = importlib.import_module("mlreviews_kernels.softmaxes_gpu")
+every_backend = pytest.mark.parametrize("backend", ["reference", "cpu", "vectorised", "triton"])
 
 
 @pytest.fixture(autouse=True)
-def hostile_memory() -> Iterator[None]:
-    """What `torch.empty` returns is full of NaN."""
+def hostile_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `torch.empty` returns is full of NaN; the interpreter has small tiles, of 16 queries and keys."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "SIDE", 32)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def few(backend: str) -> dict[str, int]:
+    """Few heads for the interpreter, which is slow."""
+    return {"heads": 2, "kv_heads": 1} if backend == "triton" else {}
+
+
+def dtype_of(backend: str) -> torch.dtype:
+    """What the backend computes in."""
+    return torch.float32 if backend in ("cpu", "triton") else torch.float64
 
 
 def using(backend: str) -> AbstractContextManager[object]:
@@ -91,32 +104,33 @@ def by_hand(
 
 
 @every_backend
-@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (3, 7), (7, 3)])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "window"),
+    [(6, 6, True, None), (3, 7, True, 3), (7, 3, True, 1), (3, 7, False, 3), (7, 3, False, 1), (6, 6, False, None)],
+)
 def test_one_query_and_key_at_a_time(
     backend: str, queries: int, keys: int, causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(softmaxes, "ROWS", 2)
     monkeypatch.setattr(softmaxes, "FEW", 0)
-    q, k, v = drawn(queries, keys)
+    q, k, v = drawn(queries, keys, **few(backend))
 
     def sees(_: int, i: int, j: int) -> bool:
         gap = i + keys - queries - j
         return (gap >= 0 or not causal) and (window is None or abs(gap) < window)
 
     expected = by_hand(q, k, v, 0.7, sees)
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = dtype_of(backend)
     with using(backend):
         found = attention(*(x.to(dtype) for x in (q, k, v)), causal=causal, window=window, scale=0.7)
     assert found[1].dtype == dtype
-    assert_close([*found], [*expected], 1e-6 if backend == "cpu" else 1e-12)
+    assert_close([*found], [*expected], 1e-6 if dtype == torch.float32 else 1e-12)
 
 
 @every_backend
 def test_masks_of_keys_and_of_pairs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(softmaxes, "ROWS", 2)
-    q, k, v = drawn(5, 7, dtype=torch.float32)
+    q, k, v = drawn(5, 7, **few(backend), dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     keys = torch.rand(2, 7, generator=generator) > 0.5
     pairs = torch.rand(2, 5, 7, generator=generator) > 0.5
@@ -136,29 +150,63 @@ SIZES = [
     (0, 5, 2, 1, 3, 2, None),
     (5, 0, 2, 1, 3, 2, None),
 ]
+OPTIONS = [(True, ""), (False, ""), (True, "keys"), (False, "pairs")]
+LENGTHS = {"reference": (9, 9), "cpu": (60, 60), "vectorised": (130, 130), "triton": (20, 20)}  # two blocks
+TILES = [
+    # around tiles of 16, causal or not, mask
+    ((17, 33, 2, 1, 33, 5, None), True, "keys"),
+    ((33, 20, 1, 1, 5, 3, 7), True, ""),
+    ((20, 37, 1, 1, 3, 7, 11), False, "pairs"),
+    ((3, 0, 2, 1, 3, 2, None), True, ""),
+    ((0, 3, 2, 1, 3, 2, None), False, ""),
+]
 
 
-@fast
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("masked", ["", "keys", "pairs"])
+@pytest.mark.parametrize(
+    ("backend", "sizes", "causal", "masked"),
+    [(backend, one, *more) for backend in ("cpu", "vectorised") for one in SIZES for more in OPTIONS]
+    + [("triton", *one) for one in TILES],
+)
 def test_values_and_gradients_equal_the_reference(
     backend: str, sizes: tuple[Any, ...], causal: bool, masked: str
 ) -> None:
     queries, keys, heads, kv_heads, dim, value_dim, window = sizes
-    inputs = drawn(queries, keys, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim)
-    shape = {"keys": (2, keys), "pairs": (2, queries, keys)}.get(masked)
+    batch = 1 if backend == "triton" else 2
+    inputs = drawn(queries, keys, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim)
+    shape = {"keys": (batch, keys), "pairs": (batch, queries, keys)}.get(masked)
     mask = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.4
     options = {"causal": causal, "window": window, "mask": mask, "scale": 0.4}
     with using("reference"):
         expected = with_gradients(inputs, **options)
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = dtype_of(backend)
     with using(backend):
         found = with_gradients([x.to(dtype) for x in inputs], **options)
-    assert_close(found, expected, 5e-6 if backend == "cpu" else 1e-12)
+    assert_close(found, expected, 5e-6 if dtype == torch.float32 else 1e-12)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_interpreter_has_its_widest_tiles_too() -> None:
+    # a head of more than 64 has tiles of its own
+    inputs = drawn(20, 18, batch=1, heads=1, kv_heads=1, dim=70, value_dim=65)
+    with using("reference"):
+        expected = with_gradients(inputs)
+    with using("triton"):
+        assert_close(with_gradients([x.float() for x in inputs]), expected, 5e-6)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 4), (torch.float32, 129)])
+def test_what_triton_cannot_do_is_refused_by_name_and_runs_elsewhere_by_default(
+    dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = drawn(5, 5, dim=4, value_dim=dim, dtype=dtype)
+    with using("triton"), pytest.raises(BackendError, match=r"^attention: the Triton kernels asked for by use_backend"):
+        attention(*inputs)
+    monkeypatch.setattr(softmaxes, "select", lambda *_: Choice("triton", "the default on a GPU"))
+    by_default = with_gradients(inputs)
+    monkeypatch.undo()
+    assert_close(by_default, with_gradients([x.double() for x in inputs]), 5e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 def test_threads_share_the_queries_of_a_head(threads: int) -> None:
     # gradients of keys and values are then sums of parts
     inputs = drawn(150, 150, batch=1, heads=2, kv_heads=1)
@@ -196,7 +244,7 @@ def test_reference_gradcheck() -> None:
 
 @every_backend
 def test_a_row_that_sees_nothing_is_zero_without_nan(backend: str) -> None:
-    inputs = drawn(6, 9, dtype=torch.float32)
+    inputs = drawn(6, 9, **few(backend), dtype=torch.float32)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0] = False
     mask[1, :5] = False
@@ -215,7 +263,7 @@ def test_a_row_that_sees_nothing_is_zero_without_nan(backend: str) -> None:
 
 @every_backend
 def test_extreme_scores_neither_overflow_nor_vanish(backend: str) -> None:
-    q, k, v = drawn(60, 60, heads=2, dtype=torch.float32)
+    q, k, v = drawn(*LENGTHS[backend], batch=1, heads=2, kv_heads=1, dtype=torch.float32)
     q *= 300
     with using(backend):
         found = with_gradients([q, k, v])
@@ -225,12 +273,20 @@ def test_extreme_scores_neither_overflow_nor_vanish(backend: str) -> None:
     assert all(torch.isfinite(x).all() for x in found)
 
 
-@every_backend
-@pytest.mark.parametrize("offset_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("backend", "offset_type"),
+    [
+        ("reference", torch.int32),
+        ("cpu", torch.int32),
+        ("cpu", torch.int64),
+        ("vectorised", torch.int64),
+        ("triton", torch.int64),
+    ],
+)
 def test_packed_documents_equal_separate_runs(backend: str, offset_type: torch.dtype) -> None:
-    bounds = [0, 3, 3, 60, 61]
-    inputs = drawn(61, 61, batch=1, dtype=torch.float32)
-    mask = torch.rand(1, 61, generator=torch.Generator().manual_seed(2)) > 0.3
+    bounds = [0, 3, 3, 22, 23] if backend == "triton" else [0, 3, 3, 60, 61]
+    inputs = drawn(bounds[-1], bounds[-1], batch=1, **few(backend), dtype=torch.float32)
+    mask = torch.rand(1, bounds[-1], generator=torch.Generator().manual_seed(2)) > 0.3
     leaves = [x.clone().requires_grad_() for x in inputs]
     parts = []
     for start, stop in pairwise(bounds):
@@ -250,23 +306,24 @@ def test_packed_documents_equal_separate_runs(backend: str, offset_type: torch.d
 
 @every_backend
 def test_causality(backend: str) -> None:
-    q, k, v = drawn(60, 60, dtype=torch.float32)
+    q, k, v = drawn(*LENGTHS[backend], batch=1, heads=2, kv_heads=1, dtype=torch.float32)
+    cut = q.shape[1] - 4
     with using(backend):
         before = attention(q, k, v)
-        k[:, 40:] += 1.0
-        v[:, 40:] += 1.0
+        k[:, cut:] += 1.0
+        v[:, cut:] += 1.0
         after = attention(q, k, v)
-    assert torch.equal(before[0][:, :40], after[0][:, :40])
-    assert torch.equal(before[1][..., :40], after[1][..., :40])
-    assert not torch.equal(before[0][:, 40], after[0][:, 40])
+    assert torch.equal(before[0][:, :cut], after[0][:, :cut])
+    assert torch.equal(before[1][..., :cut], after[1][..., :cut])
+    assert not torch.equal(before[0][:, cut], after[0][:, cut])
 
 
 @every_backend
 def test_steps_equal_the_whole(backend: str) -> None:
-    q, k, v = drawn(9, 9, dtype=torch.float32)
+    q, k, v = drawn(9, 9, **few(backend), dtype=torch.float32)
     with using(backend):
         out, lse = attention(q, k, v, window=4)
-        for t in range(9):
+        for t in (0, 4, 8) if backend == "triton" else range(9):
             one, its = attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], window=4)
             torch.testing.assert_close(one, out[:, t : t + 1], rtol=0, atol=1e-6)
             torch.testing.assert_close(its, lse[..., t : t + 1], rtol=0, atol=1e-6)
@@ -277,7 +334,7 @@ def test_a_window_of_everything_is_no_window() -> None:
     assert all(torch.equal(*x) for x in zip(with_gradients(inputs, window=30), with_gradients(inputs), strict=True))
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["reference", "cpu", "vectorised"])  # the interpreter can't multiply such matrices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_better_than_eager(backend: str, dtype: torch.dtype) -> None:
     inputs = drawn(70, 70, heads=2, dim=16, value_dim=16, dtype=dtype)
@@ -300,9 +357,9 @@ def test_half_precision_is_better_than_eager(backend: str, dtype: torch.dtype) -
 
 @every_backend
 def test_memory_layout_does_not_matter(backend: str) -> None:
-    inputs = drawn(9, 11, dtype=torch.float32)
+    inputs = drawn(9, 11, **few(backend), dtype=torch.float32)
     wide = [torch.stack([x, x], -1).transpose(0, 1).contiguous().transpose(0, 1)[..., 0] for x in inputs]
-    cotangent = torch.randn(2, 3, 9, 4).transpose(1, 3).transpose(1, 2)
+    cotangent = torch.randn(2, 3, 9, inputs[0].shape[2]).transpose(1, 3).transpose(1, 2)
     found = []
     for values in (inputs, wide):
         leaves = [x.detach().requires_grad_() for x in values]
@@ -315,7 +372,7 @@ def test_memory_layout_does_not_matter(backend: str) -> None:
 
 @every_backend
 def test_gradients_of_one_output_alone(backend: str) -> None:
-    inputs = drawn(9, 11, dtype=torch.float32)
+    inputs = drawn(9, 11, **few(backend), dtype=torch.float32)
     with using(backend):
         from_lse = with_gradients(inputs, lambda *x: attention(*x)[1])
         from_out = with_gradients(inputs, lambda *x: attention(*x)[0])
@@ -326,7 +383,7 @@ def test_gradients_of_one_output_alone(backend: str) -> None:
         assert_close(from_out, with_gradients(wide, lambda *x: attention(*x)[0]), 5e-6)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     queries=st.integers(1, 60), keys=st.integers(1, 110), window=st.none() | st.integers(1, 120), causal=st.booleans()
 )

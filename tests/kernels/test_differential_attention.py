@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,20 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mlreviews_kernels import softmaxes
+from mlreviews_kernels import BackendError, softmaxes
 from mlreviews_kernels.attention import attention
 from mlreviews_kernels.differential_attention import differential_attention
-from tests.kernels.test_attention import assert_close, every_backend, fast, using, with_gradients
+from tests.kernels.test_attention import (
+    LENGTHS,
+    assert_close,
+    dtype_of,
+    every_backend,
+    few,
+    hostile_memory,
+    using,
+    with_gradients,
+)
+
+__all__ = ["hostile_memory"]  # a fixture of all tests here
 
 run = partial(with_gradients, function=differential_attention)
-
-
-@pytest.fixture(autouse=True)
-def hostile_memory() -> Iterator[None]:
-    """What `torch.empty` returns is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def drawn(
@@ -47,55 +50,56 @@ def drawn(
 
 
 @every_backend
-@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (3, 7), (7, 3)])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(6, 6, False), (3, 7, True), (7, 3, True)])
 def test_one_weight_at_a_time(
     backend: str, queries: int, keys: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(softmaxes, "ROWS", 2)
     monkeypatch.setattr(softmaxes, "FEW", 0)
-    q1, k1, q2, k2, v, lam = drawn(queries, keys)
+    q1, k1, q2, k2, v, lam = drawn(queries, keys, **few(backend))
     mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(0)) > 0.4
-    expected = torch.zeros(2, queries, 4, 7, dtype=torch.float64)
+    heads = q1.shape[2]
+    expected = torch.zeros(2, queries, heads, 7, dtype=torch.float64)
     for b in range(2):
-        for h in range(4):
+        for h in range(heads):
             for i in range(queries):
                 seen = [j for j in range(keys) if mask[b, j] and (j <= i + keys - queries or not causal)]
                 for weight, q, k in ((1.0, q1, k1), (-float(lam[h]), q2, k2)):
                     terms = {j: math.exp(0.7 * float(q[b, i, h] @ k[b, j, h // 2])) for j in seen}
                     for j, term in terms.items():
                         expected[b, i, h] += weight * term / sum(terms.values()) * v[b, j, h // 2]
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = dtype_of(backend)
     with using(backend):
         inputs = [x.to(dtype) for x in (q1, k1, q2, k2, v, lam)]
         found = differential_attention(*inputs, causal=causal, scale=0.7, mask=mask)
-    assert_close([found], [expected], 2e-6 if backend == "cpu" else 1e-12)
+    assert_close([found], [expected], 2e-6 if dtype == torch.float32 else 1e-12)
 
 
 @every_backend
 def test_is_the_difference_of_two_attentions(backend: str) -> None:
-    inputs = drawn(50, 60)
+    queries, keys = LENGTHS[backend]
+    inputs = drawn(queries, keys + 10, batch=1, **few(backend))
 
     def difference(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tensor) -> Tensor:
         outs = [
             scaled_dot_product_attention(
                 *(x.transpose(1, 2) for x in (q, k, v)),
-                attn_mask=torch.ones(50, 60, dtype=torch.bool).tril(10),
+                attn_mask=torch.ones(queries, keys + 10, dtype=torch.bool).tril(10),
                 enable_gqa=True,
             )
             for q, k in ((q1, k1), (q2, k2))
         ]
         return (outs[0] - lam[:, None, None] * outs[1]).transpose(1, 2)
 
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = dtype_of(backend)
     with using(backend):
         found = run([x.to(dtype) for x in inputs])
-    assert_close(found, with_gradients(inputs, difference), 5e-6 if backend == "cpu" else 1e-12)
+    assert_close(found, with_gradients(inputs, difference), 5e-6 if dtype == torch.float32 else 1e-12)
 
 
 @every_backend
 def test_reduces_to_attention_with_lambda_0(backend: str) -> None:
-    inputs = drawn(9, 11, dtype=torch.float32)
+    inputs = drawn(9, 11, **few(backend), dtype=torch.float32)
     with using(backend):
         out, *grads = run(inputs[:5], function=partial(_with_lambda, lam=0.0))
         found, *expected = with_gradients([inputs[0], inputs[1], inputs[4]], lambda *x: attention(*x)[0])
@@ -111,7 +115,7 @@ def _with_lambda(*inputs: Tensor, lam: float | Tensor) -> Tensor:
 
 @every_backend
 def test_equal_softmaxes_with_lambda_1_cancel(backend: str) -> None:
-    q, k, _, _, v, _ = drawn(60, 60, dtype=torch.float32)
+    q, k, _, _, v, _ = drawn(*LENGTHS[backend], batch=1, **few(backend), dtype=torch.float32)
     with using(backend):
         assert differential_attention(q, k, q, k, v, 1.0).abs().max() < 1e-6
 
@@ -125,25 +129,44 @@ SIZES = [
     (0, 5, 2, 1, 3, 2),
     (5, 0, 2, 1, 3, 2),
 ]
+OPTIONS = [(True, ""), (True, "keys"), (False, "pairs")]
+TILES = [
+    # around tiles of 16, causal or not, mask; wider heads have other tiles
+    ((17, 20, 2, 1, 5, 66), True, "keys"),
+    ((20, 17, 1, 1, 33, 3), False, "pairs"),
+    ((0, 3, 2, 1, 3, 2), True, ""),
+    ((3, 0, 2, 1, 3, 2), True, ""),
+]
 
 
-@fast
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("causal", "masked"), [(True, ""), (True, "keys"), (False, "pairs")])
+@pytest.mark.parametrize(
+    ("backend", "sizes", "causal", "masked"),
+    [(backend, one, *more) for backend in ("cpu", "vectorised") for one in SIZES for more in OPTIONS]
+    + [("triton", *one) for one in TILES],
+)
 def test_values_and_gradients_equal_the_reference(
     backend: str, sizes: tuple[int, ...], causal: bool, masked: str
 ) -> None:
     queries, keys, heads, kv_heads, dim, value_dim = sizes
-    inputs = drawn(queries, keys, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim)
-    shape = {"keys": (2, keys), "pairs": (2, queries, keys)}.get(masked)
+    batch = 1 if backend == "triton" else 2
+    inputs = drawn(queries, keys, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim)
+    shape = {"keys": (batch, keys), "pairs": (batch, queries, keys)}.get(masked)
     mask = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.4
     options = {"causal": causal, "mask": mask, "scale": 0.4}
     with using("reference"):
         expected = run(inputs, **options)
-    dtype = torch.float32 if backend == "cpu" else torch.float64
+    dtype = dtype_of(backend)
     with using(backend):
         found = run([x.to(dtype) for x in inputs], **options)
-    assert_close(found, expected, 5e-6 if backend == "cpu" else 1e-12)
+    assert_close(found, expected, 5e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "value_dim"), [(torch.float64, 4, 8), (torch.float32, 129, 4), (torch.float32, 4, 257)]
+)
+def test_triton_refuses_what_it_cannot_do(dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    with using("triton"), pytest.raises(BackendError, match=r"^differential_attention: the Triton kernels asked for"):
+        differential_attention(*drawn(3, 3, dim=dim, value_dim=value_dim, dtype=dtype))
 
 
 @settings(max_examples=10)
@@ -170,17 +193,17 @@ def test_threads_share_the_queries_of_a_head() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("shape", [(), (1,), (4,)])
-def test_lambda_for_all_heads_or_for_each(backend: str, shape: tuple[int, ...]) -> None:
-    *inputs, each = drawn(9, 11, dtype=torch.float32)
-    lam = each if shape == (4,) else torch.full(shape, 0.3)
+@pytest.mark.parametrize("shape", [(), (1,), None])
+def test_lambda_for_all_heads_or_for_each(backend: str, shape: tuple[int, ...] | None) -> None:
+    *inputs, each = drawn(7, 9, **few(backend), dtype=torch.float32)
+    lam = each if shape is None else torch.full(shape, 0.3)
     with using(backend):
         found = run([*inputs, lam])
-        if shape != (4,):
+        if shape == ():
             assert torch.equal(found[0], differential_attention(*inputs, 0.3))
     with using("reference"):
-        expected = run([x.double() for x in (*inputs, lam.expand(4))])
-    grad = expected[-1] if shape == (4,) else expected[-1].sum().reshape(shape)
+        expected = run([x.double() for x in (*inputs, lam.expand(len(each)))])
+    grad = expected[-1] if shape is None else expected[-1].sum().reshape(shape)
     assert_close(found, [*expected[:-1], grad], 5e-6)
 
 
@@ -197,7 +220,7 @@ def test_a_row_that_sees_nothing_is_zero_without_nan(backend: str) -> None:
     mask[0] = False
     mask[1, :5] = False
     with using(backend):
-        out, *grads = run(drawn(6, 9, dtype=torch.float32), mask=mask)
+        out, *grads = run(drawn(6, 9, **few(backend), dtype=torch.float32), mask=mask)
     assert (out[0] == 0).all()
     assert (out[1, 0] == 0).all()
     assert (out[1, 2:] != 0).all()
@@ -209,7 +232,7 @@ def test_a_row_that_sees_nothing_is_zero_without_nan(backend: str) -> None:
 
 @every_backend
 def test_extreme_scores(backend: str) -> None:
-    inputs = drawn(60, 60, heads=2, dtype=torch.float32)
+    inputs = drawn(*LENGTHS[backend], batch=1, heads=2, kv_heads=1, dtype=torch.float32)
     inputs[0] *= 300
     inputs[2] *= -200
     with using(backend):
@@ -222,16 +245,16 @@ def test_extreme_scores(backend: str) -> None:
 
 @every_backend
 def test_steps_equal_the_whole(backend: str) -> None:
-    q1, k1, q2, k2, v, lam = drawn(9, 9, dtype=torch.float32)
+    q1, k1, q2, k2, v, lam = drawn(9, 9, batch=1, **few(backend), dtype=torch.float32)
     with using(backend):
         out = differential_attention(q1, k1, q2, k2, v, lam)
-        for t in range(9):
+        for t in (0, 4, 8) if backend == "triton" else range(9):
             now, past = slice(t, t + 1), slice(0, t + 1)
             one = differential_attention(q1[:, now], k1[:, past], q2[:, now], k2[:, past], v[:, past], lam)
             torch.testing.assert_close(one, out[:, now], rtol=0, atol=2e-6)
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["reference", "cpu", "vectorised"])  # the interpreter can't multiply such matrices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_better_than_eager(backend: str, dtype: torch.dtype) -> None:
     inputs = drawn(70, 70, heads=2, dim=16, value_dim=32, dtype=dtype)
@@ -264,9 +287,9 @@ def test_lambda_may_be_float32_beside_bfloat16() -> None:
 
 @every_backend
 def test_memory_layout_does_not_matter(backend: str) -> None:
-    inputs = drawn(9, 11, dtype=torch.float32)
+    inputs = drawn(9, 11, **few(backend), dtype=torch.float32)
     wide = [torch.stack([x, x], -1).transpose(0, -2).contiguous().transpose(0, -2)[..., 0] for x in inputs]
-    cotangent = torch.randn(2, 7, 9, 4).transpose(1, 3).transpose(1, 2)
+    cotangent = torch.randn(2, 7, 9, inputs[0].shape[2]).transpose(1, 3).transpose(1, 2)
     found = []
     for values in (inputs, wide):
         leaves = [x.detach().requires_grad_() for x in values]

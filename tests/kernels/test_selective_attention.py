@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlreviews_kernels import use_backend
+from mlreviews_kernels import BackendError, softmaxes, use_backend
+from mlreviews_kernels.backends import Choice
 from mlreviews_kernels.compiled import without_compiled_code
 from mlreviews_kernels.selective_attention import cpu, selective_attention, selective_attention_with_memory
 
@@ -162,7 +163,7 @@ SIZES: list[dict[str, Any]] = [
     {"queries": 1, "keys": 20},
     {"queries": 17, "keys": 40, "dim": 16, "v_dim": 33, "heads": 2, "kv_heads": 1, "batch": 1},
     {"queries": 20, "keys": 37, "dim": 65, "v_dim": 6, "heads": 2, "kv_heads": 1, "batch": 1},
-    {"queries": 3, "keys": 5, "dim": 5, "v_dim": 129},
+    {"queries": 3, "keys": 5, "dim": 5, "v_dim": 128},
     {"queries": 33, "keys": 33, "heads": 3, "kv_heads": 1, "batch": 1},
     {"queries": 15, "keys": 47, "heads": 3, "kv_heads": 3, "batch": 3},
 ]
@@ -534,6 +535,20 @@ def test_same_numbers_every_time_for_any_layout_and_inputs_left_alone(backend: s
         torch.autograd.backward(found, [torch.ones_like(x) for x in found])
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, summed[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "v_dim"), [(torch.float64, 3, 5), (torch.float32, 129, 5), (torch.float32, 3, 129)]
+)
+def test_what_triton_cannot_do_is_refused_by_name_and_runs_elsewhere_by_default(
+    dtype: torch.dtype, dim: int, v_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = convert(drawn(5, 8, dim=dim, v_dim=v_dim), dtype)
+    with using("triton"), pytest.raises(BackendError, match=r"^selective_attention: the Triton kernels asked for"):
+        selective_attention(**values)
+    expected = with_gradients("reference", values)
+    monkeypatch.setattr(softmaxes, "select", lambda *_: Choice("triton", "the default on a GPU"))
+    assert_close(with_gradients("triton", values), expected, 3e-6)
 
 
 @every_backend

@@ -16,8 +16,8 @@ from torch import Tensor
 from mlreviews_kernels.arguments import check_floating, check_same, check_shape
 from mlreviews_kernels.attention import reference
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.softmaxes import check_layout, check_scale, flat_mask, offsets_of_both
+from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
+from mlreviews_kernels.softmaxes import check_layout, check_scale, chosen_for, flat_mask, offsets_of_both
 
 __all__ = ["attention", "merge_attention"]
 
@@ -123,7 +123,7 @@ def _attention(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend, choice = chosen(CORE, q.device)
+    backend, choice = chosen_for(CORE, q, max(q.shape[2], v.shape[2]))
     run = implementation(CORE, backend).attention
     return *run(q, k, v, mask, q_offsets, k_offsets, causal, scale, window), choice
 

@@ -15,8 +15,15 @@ from torch import Tensor
 from mlreviews_kernels.arguments import check_same, check_shape
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.differential_attention import reference
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.softmaxes import check_layout, check_scale, flat_mask, offsets_of_both
+from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
+from mlreviews_kernels.softmaxes import (
+    WIDEST,
+    check_layout,
+    check_scale,
+    chosen_for,
+    flat_mask,
+    offsets_of_both,
+)
 
 __all__ = ["differential_attention"]
 
@@ -102,7 +109,8 @@ def _differential_attention(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend, choice = chosen(CORE, q1.device)
+    # v is twice as wide as q and k as a rule, and may be in the Triton kernels
+    backend, choice = chosen_for(CORE, q1, max(2 * q1.shape[2], v.shape[2]), 2 * WIDEST)
     run = implementation(CORE, backend).differential_attention
     return *run(q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, causal, scale), choice
 

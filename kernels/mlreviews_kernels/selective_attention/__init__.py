@@ -15,8 +15,9 @@ from torch.nn.functional import pad
 
 from mlreviews_kernels.arguments import check_floating, check_same, check_shape
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
+from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
 from mlreviews_kernels.selective_attention import reference
+from mlreviews_kernels.softmaxes import chosen_for
 
 __all__ = ["selective_attention", "selective_attention_with_memory"]
 
@@ -158,7 +159,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, selector: int) -> None:
 def _selective_attention(
     q: Tensor, k: Tensor, v: Tensor, initial: Tensor, mask: Tensor, selector: int, scale: float, tau: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend, choice = chosen(CORE, q.device)
+    backend, choice = chosen_for(CORE, q, max(q.shape[3], v.shape[3]))
     run = implementation(CORE, backend).selective_attention
     return *run(q, k, v, initial, mask, selector, scale, tau), choice
 

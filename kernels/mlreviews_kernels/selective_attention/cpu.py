@@ -134,7 +134,7 @@ def _blocks(q: Tensor, k: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _library(q: Tensor, initial: Tensor) -> ctypes.CDLL | None:
-    if initial.dtype == torch.float64 or q.shape[1] <= FEW or q.numel() == 0:
+    if initial.dtype == torch.float64 or q.device.type != "cpu" or q.shape[1] <= FEW or q.numel() == 0:
         return None
     return load(SOURCE)
 

@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mlreviews_kernels.selective_attention import cpu
+from mlreviews_kernels.softmaxes import WIDEST
 from mlreviews_kernels.static import Launch
 
 SIDE = 64  # queries and keys of a tile in half precision; half as many in float32
 SPAN = 512  # queries whose F is kept
-WIDEST = 128  # head dimension; wider ones run in plain PyTorch
 
 
 @triton.jit
@@ -287,7 +287,8 @@ class _Tile(NamedTuple):
     precision: str
 
     def constants(self, kernel: Any) -> dict[str, Any]:
-        narrow = max(16, self.side // 2)  # what holds four tiles has smaller ones
+        # what holds four tiles has smaller ones
+        narrow = max(16, self.side // (4 if self.dim == WIDEST else 2))
         step = {"STEP": narrow if kernel is grad_kv_kernel else self.step} if "STEP" in kernel.arg_names else {}
         return {"SIDE": self.side, "DIM": self.dim, "PRECISION": self.precision, **step}
 
@@ -297,12 +298,16 @@ class _Tile(NamedTuple):
     def warps(self, kernel: Any) -> int:
         """Of a block: as few as hold the tiles without spilling."""
         exact = self.side != SIDE and self.precision == "ieee"
-        if kernel in (select_kernel, select_backward_kernel):
-            few = not (exact and self.dim == WIDEST and kernel is select_backward_kernel)
+        if kernel is select_kernel:
+            few = True
+        elif kernel is select_backward_kernel:
+            few = self.dim == 32 or (self.dim == 64 and self.side != SIDE) or self.precision == "tf32"
         elif kernel is grad_kv_kernel:
             few = exact and self.dim == 64
+        elif exact and kernel in (forward_kernel, grad_q_kernel):
+            few = self.dim == WIDEST or (self.dim == 32 and kernel is grad_q_kernel)
         else:
-            few = self.dim == 32 and not (exact and kernel is forward_kernel)
+            few = self.dim == 32
         return 4 if few else 8
 
 
@@ -353,15 +358,11 @@ class _Spans:
         )  # fmt: skip
 
 
-def _plain(q: Tensor, v: Tensor, initial: Tensor) -> bool:
-    return initial.dtype == torch.float64 or max(q.shape[3], v.shape[3]) > WIDEST or q.numel() == 0
-
-
 def selective_attention(
     q: Tensor, k: Tensor, v: Tensor, initial: Tensor, mask: Tensor, selector: int, scale: float, tau: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op's forward; shapes as in `reference`. In float64 and for wide heads in plain PyTorch."""
-    if _plain(q, v, initial):
+    """The op's forward; shapes as in `reference`."""
+    if q.numel() == 0:
         return cpu.vectorised(q, k, v, initial, mask, selector, scale, tau)
     q, k, v = (x.contiguous() for x in (q, k, v))
     spans = _Spans(q, k, v, mask, selector, scale, tile := _tile_of(q, v))
@@ -406,7 +407,7 @@ def selective_attention_backward(
     tau: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and the initial selection."""
-    if _plain(q, v, initial):
+    if q.numel() == 0:
         grads = (grad_out, grad_selection, grad_memory)
         return cpu.vectorised_backward(*grads, q, k, v, initial, mask, selector, scale, tau)
     grad_out, grad_memory, q, k, v = (x.contiguous() for x in (grad_out, grad_memory, q, k, v))
