@@ -33,12 +33,17 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlreviews_kernels import use_backend
+from mlreviews_kernels.adaptive_temperature_attention import adaptive_temperature_attention
+from mlreviews_kernels.attention import attention
 from mlreviews_kernels.backends import cores
 from mlreviews_kernels.delta_rule import delta_rule
+from mlreviews_kernels.differential_attention import differential_attention
 from mlreviews_kernels.linear_scan import linear_scan
+from mlreviews_kernels.selective_attention import selective_attention
 from mlreviews_kernels.selective_scan import selective_scan
 from mlreviews_kernels.ssd import ssd
 from mlreviews_kernels.static import TARGETS, Resources, analyse
+from mlreviews_kernels.tree_masked_attention import tree_masked_attention
 
 BANDWIDTH, MATRIX_RATE, VECTOR_RATE = 3.35e12, 989e12, 67e12
 Make = Callable[..., dict[str, Tensor]]
@@ -57,7 +62,7 @@ class Work:
         rate: operations a second of the units that do most of them.
     """
 
-    function: Callable[..., tuple[Tensor, Tensor]]
+    function: Callable[..., tuple[Tensor, Any]]
     make: Make
     small: tuple[int, ...]
     full: tuple[int, ...]
@@ -89,6 +94,32 @@ def _delta(batch: int, time: int, heads: int, dim: int) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "beta": _normal(batch, time, heads).sigmoid()}
 
 
+def _attention(batch: int, time: int, heads: int, dim: int) -> dict[str, Tensor]:
+    return {name: _normal(batch, time, heads, dim) for name in "qkv"}
+
+
+def _tree(batch: int, tree: int, context: int, heads: int, kv_heads: int, dim: int) -> dict[str, Tensor]:
+    caches = {f"{name}_cache": _normal(batch, context, kv_heads, dim) for name in "kv"}
+    new = {name: _normal(batch, tree, kv_heads, dim) for name in "kv"}
+    return {"q": _normal(batch, tree, heads, dim), **new, **caches}
+
+
+def _chain_attention(**values: Tensor) -> tuple[Tensor, Tensor]:
+    """The shape of the tree makes no difference."""
+    tree = values["q"].shape[1]
+    return tree_masked_attention(**values, tree_mask=torch.ones(tree, tree, dtype=torch.bool).tril())
+
+
+def _adaptive_operations(batch: int, time: int, heads: int, dim: int) -> tuple[float, float]:
+    product = 2.0 * batch * heads * time * time / 2 * dim  # half of the pairs are seen
+    return 3 * product, 8 * product
+
+
+def _tree_operations(batch: int, tree: int, context: int, heads: int, _: int, dim: int) -> tuple[float, float]:
+    product = 2.0 * batch * heads * tree * (context + tree) * dim
+    return 2 * product, 5 * product
+
+
 def _selective_operations(batch: int, time: int, channels: int, state: int) -> tuple[float, float]:
     updates = batch * time * channels * state
     return 7.0 * updates, 20.0 * updates  # an exp counted as one; backward computes the states again
@@ -103,6 +134,23 @@ def _ssd_operations(batch: int, time: int, heads: int, dim: int, state: int, chu
 def _delta_operations(batch: int, time: int, heads: int, dim: int, chunk: int = 64) -> tuple[float, float]:
     forward = 2.0 * batch * time * heads * (3 * dim * dim + 4 * chunk * dim)
     return forward, 2.5 * forward
+
+
+def _attention_operations(
+    batch: int, time: int, heads: int, forward: float, backward: float, dim: int = 64
+) -> tuple[float, float]:
+    """Operations in units of dim a query, key below the diagonal and head."""
+    pairs = batch * heads * time * time / 2.0 * dim
+    return forward * pairs, backward * pairs
+
+
+def _differential_inputs(batch: int, time: int, heads: int, dim: int) -> dict[str, Tensor]:
+    wide = {"v": _normal(batch, time, heads, 2 * dim), "lam": _normal(heads)}
+    return {name: _normal(batch, time, heads, dim) for name in ("q1", "k1", "q2", "k2")} | wide
+
+
+def _differential(**given: Tensor) -> tuple[Tensor, None]:
+    return differential_attention(**given), None
 
 
 WORK = {
@@ -122,6 +170,47 @@ WORK = {
     ),
     "delta_rule": Work(
         delta_rule, _delta, (1, 256, 2, 64), (16, 2048, 16, 64), _delta_operations(16, 2048, 16, 64), MATRIX_RATE
+    ),
+    "adaptive_temperature_attention": Work(
+        adaptive_temperature_attention,
+        _attention,
+        (1, 256, 2, 64),
+        (16, 2048, 8, 64),
+        _adaptive_operations(16, 2048, 8, 64),
+        MATRIX_RATE,
+    ),
+    "attention": Work(
+        attention,
+        _attention,
+        (1, 256, 2, 64),
+        (16, 2048, 8, 64),
+        _attention_operations(16, 2048, 8, 4, 10),
+        MATRIX_RATE,
+    ),
+    "differential_attention": Work(
+        _differential,
+        _differential_inputs,
+        (1, 128, 2, 64),
+        (16, 2048, 4, 64),
+        _attention_operations(16, 2048, 4, 12, 36),
+        MATRIX_RATE,
+    ),
+    "selective_attention": Work(
+        selective_attention,
+        _attention,
+        (1, 256, 2, 64),
+        (16, 2048, 8, 64),
+        # and the selector's logits: once forward, twice backward
+        _attention_operations(16, 2048, 8, 4 + 2 / 8, 22 + 4 / 8),
+        MATRIX_RATE,
+    ),
+    "tree_masked_attention": Work(
+        _chain_attention,
+        _tree,
+        (1, 16, 512, 8, 2, 64),
+        (16, 64, 8192, 32, 8, 64),
+        _tree_operations(16, 64, 8192, 32, 8, 64),
+        MATRIX_RATE,
     ),
 }
 
@@ -210,6 +299,8 @@ def traffic(names: list[str]) -> list[dict[str, Any]]:
     for name in track(names, "counting bytes", console=Console(stderr=True), transient=True):
         counted = _other_process({"TRITON_INTERPRET": "1"}, "--count", name)
         for i, direction in enumerate(("forward", "backward")):
+            if not counted["moved"][i]:
+                continue  # PyTorch does it
             ratio = counted["moved"][i] / counted["compulsory"][i]
             size, operations = _full_bytes(name)[i], WORK[name].operations[i]
             times = {"memory": ratio * size / BANDWIDTH, "arithmetic": operations / WORK[name].rate}
@@ -258,14 +349,18 @@ def main() -> None:
     spilling = [r for r in found if r.spilled]
     print(f"{len(found)} compiled configurations, {len(spilling)} with spilled registers")
     if not arguments.quick:
+        path = arguments.out / "gpu_static.json"
+        # the cores that were not asked for keep their rows
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        rows = {"resources": resources_rows, "traffic": traffic_rows}
+        for key, new in rows.items():
+            rows[key] = [*(row for row in before.get(key, []) if row["core"] not in names), *new]
         record = {
             "benchmark": "gpu_static",
             "when": datetime.now(UTC).strftime("%Y-%m-%d"),
             "versions": versions(),
-            "resources": resources_rows,
-            "traffic": traffic_rows,
+            **rows,
         }
-        path = arguments.out / "gpu_static.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"written: {path}")

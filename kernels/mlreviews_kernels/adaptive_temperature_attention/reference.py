@@ -50,7 +50,8 @@ def adaptive_temperature_attention(
     sharp = sharpened.logsumexp(-1)
     weights = torch.exp(sharpened - sharp[..., None]).masked_fill(empty[..., None], 0.0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v)
-    return out.to(q.dtype), entropy, *(x.masked_fill(empty, float("-inf")) for x in (lse, sharp))
+    lse, sharp = (x.masked_fill(empty, float("-inf")) for x in (lse, sharp))
+    return out.to(q.dtype), entropy, lse, sharp
 
 
 def inverse_temperature(entropy: Tensor, coefficients: Sequence[float], threshold: float) -> tuple[Tensor, Tensor]:
