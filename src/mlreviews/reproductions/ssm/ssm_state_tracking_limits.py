@@ -225,6 +225,6 @@ def draw(outcome: Outcome) -> Figure:
         axis.set(title=titles[group], xlabel="elements", xscale="log", ylim=(-0.03, 1.03))
         axis.set_xticks(series["length"], [f"{length:g}" for length in series["length"]])
         axis.minorticks_off()
-        axis.legend(title="one layer")
+        axis.legend(title="one layer", loc="lower left" if group == "Z2" else "center")
     axes[0].set_ylabel("accuracy of the last product")
     return figure
