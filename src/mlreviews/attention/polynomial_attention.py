@@ -31,7 +31,7 @@ Defaults:
 Deviations:
     1. With a causal mask or padding, n is counted for each query: the keys that it sees. So no query depends on how
        long the sequence becomes; the paper has one n, that of an image.
-    2. Blocks of queries are computed one after another, forwards and backwards, and no matrix is kept.
+    2. Blocks of queries are computed one after another, and again in the backward, so that no matrix is kept.
 
 Reduces to:
     linear attention (masked matrix products): for degree 1, before the factor 1 / sqrt(n d) and without a normaliser.
@@ -39,11 +39,10 @@ Reduces to:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mlreviews.common.checks import check_count, check_matrix
 from mlreviews.models.attention import CausalAttention, KVCache
@@ -103,39 +102,19 @@ def polynomial_attention(
         visible = real.cumsum(1)[:, k.shape[1] - q.shape[1] :]
     else:
         visible = real.sum(1, keepdim=True).expand(-1, q.shape[1])
-    heads_first = (x.to(wide).transpose(1, 2) for x in (scale * q, repeated(k, q.shape[2]), repeated(v, q.shape[2])))
-    out = _Power.apply(*heads_first, real, degree, causal)
+    of_q, of_k, of_v = (
+        x.to(wide).transpose(1, 2) for x in (scale * q, repeated(k, q.shape[2]), repeated(v, q.shape[2]))
+    )
+    blocks, outs = _blocks(q.shape[1], k.shape[1], causal), []
+    for rows, keys in blocks:
+        pieces = of_q[:, :, rows], of_k[:, :, keys], of_v[:, :, keys], real[:, keys], degree, causal
+        if len(blocks) > 1 and torch.is_grad_enabled():
+            outs.append(checkpoint(_power, *pieces, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outs.append(_power(*pieces))
+    out = torch.cat(outs, 2)
     factor = visible.clamp(min=1).to(wide) ** length_power
     return (out.transpose(1, 2) * factor[..., None, None]).to(q.dtype)
-
-
-class _Power(torch.autograd.Function):
-    """``(q k^T)^degree v``, [batch, heads, time, dim], block by block; hidden entries are 0."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor, degree: int, causal: bool) -> Tensor:
-        ctx.save_for_backward(q, k, v, real)
-        ctx.degree, ctx.causal = degree, causal
-        outs = []
-        for rows, keys in _blocks(q.shape[2], k.shape[2], causal):
-            scores = _scores(q, k, real, rows, keys, causal)
-            outs.append(scores**degree @ v[:, :, keys])
-        return torch.cat(outs, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, real = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys in _blocks(q.shape[2], k.shape[2], ctx.causal):
-            scores = _scores(q, k, real, rows, keys, ctx.causal)
-            of_out = grad[:, :, rows]
-            grad_v[:, :, keys] += (scores**ctx.degree).mT @ of_out
-            of_scores = of_out @ v[:, :, keys].mT * (ctx.degree * scores ** (ctx.degree - 1))
-            if ctx.degree == 1:  # a power of 0 is 1 also where the entry is hidden
-                of_scores = of_scores * _seen(q.shape[2], k.shape[2], real, rows, keys, ctx.causal)
-            grad_q[:, :, rows] = of_scores @ k[:, :, keys]
-            grad_k[:, :, keys] += of_scores.mT @ q[:, :, rows]
-        return grad_q, grad_k, grad_v, None, None, None
 
 
 def _blocks(q_time: int, k_time: int, causal: bool) -> list[tuple[slice, slice]]:
@@ -144,18 +123,14 @@ def _blocks(q_time: int, k_time: int, causal: bool) -> list[tuple[slice, slice]]
     return [(slice(start, stop), slice(0, k_time - q_time + stop if causal else k_time)) for start, stop in spans]
 
 
-def _seen(q_time: int, k_time: int, real: Tensor, rows: slice, keys: slice, causal: bool) -> Tensor:
-    """[batch, 1, rows, keys], True where a query sees a key."""
-    seen = real[:, None, None, keys]
+def _power(q: Tensor, k: Tensor, v: Tensor, real: Tensor, degree: int, causal: bool) -> Tensor:
+    """``(q k^T)^degree v``, [batch, heads, time, dim], of a block of queries that ends where the keys do."""
+    seen = real[:, None, None]
     if causal:
-        places = torch.arange(rows.start, rows.stop, device=real.device)[:, None] + (k_time - q_time)
-        seen = seen & (torch.arange(keys.stop, device=real.device) <= places)
-    return seen
-
-
-def _scores(q: Tensor, k: Tensor, real: Tensor, rows: slice, keys: slice, causal: bool) -> Tensor:
-    seen = _seen(q.shape[2], k.shape[2], real, rows, keys, causal)
-    return (q[:, :, rows] @ k[:, :, keys].mT).masked_fill(~seen, 0.0)
+        places = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
+        seen = seen & (torch.arange(k.shape[2], device=q.device) <= places)
+    # Hidden entries are 0, and stay so: there is no -inf where there is no exponential.
+    return (q @ k.mT).masked_fill(~seen, 0.0) ** degree @ v
 
 
 def polynomial_features(x: Float[Tensor, "*batch dim"], degree: int) -> Float[Tensor, "*batch features"]:
