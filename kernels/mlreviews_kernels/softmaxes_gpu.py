@@ -326,16 +326,20 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, double
     exact = dtype == torch.float32 and precision == "ieee"
     half = dtype.itemsize == 2
     # float32 products take registers for both factors; two softmaxes fill them with a mask, or when they are wide
-    side = SIDE if half and not (double and (pairs or width == WIDEST)) else SIDE // 2
-    narrow = (width == WIDEST and kernel in (forward_kernel, grad_kv_kernel)) or (double and kernel is grad_kv_kernel)
+    crowded = double and (pairs or width == WIDEST) and kernel is not delta_kernel
+    side = SIDE if half and not crowded else SIDE // 2
+    narrow = kernel is grad_kv_kernel if double else width == WIDEST and kernel in (forward_kernel, grad_kv_kernel)
+    narrow = narrow or kernel is delta_kernel or (double and width == WIDEST and kernel is forward_kernel)
     step = max(16, SIDE // 4) if narrow or not half else SIDE // 2
-    sizes = {"ROWS": step, "KEYS": side} if kernel is grad_kv_kernel else {"ROWS": side, "KEYS": step}
+    if exact and double and kernel is grad_kv_kernel:
+        side = step
+    by_keys = kernel is grad_kv_kernel or (exact and kernel is delta_kernel)
+    sizes = {"ROWS": step, "KEYS": side} if by_keys else {"ROWS": side, "KEYS": step}
     constants = {**sizes, "DIM": width, "VALUE": 2 * width if double else width, "PRECISION": precision}
     if kernel is not delta_kernel:
         constants["DOUBLE"] = double
     few = (kernel is forward_kernel and width == WIDEST) if exact else width == 32
-    warps = 4 if few and not double else 16 if exact and kernel is delta_kernel else 8
-    return {**constants, "num_warps": warps, "num_stages": 1}
+    return {**constants, "num_warps": 4 if few and not double else 8, "num_stages": 1}
 
 
 def _width(dim: int, value_dim: int, double: bool) -> int:

