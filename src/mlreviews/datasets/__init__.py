@@ -12,6 +12,7 @@
     next(windows)           # int64 [16, 129], ids of ByteTokenizer
 """
 
+from mlreviews.datasets.addition import *
 from mlreviews.datasets.bundled import *
 from mlreviews.datasets.selective_copying import *
 from mlreviews.datasets.standard_library import *
