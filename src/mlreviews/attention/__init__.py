@@ -7,6 +7,7 @@ from mlreviews.attention.differential_attention import *
 from mlreviews.attention.efficient_attention_families import *
 from mlreviews.attention.fftnet import *
 from mlreviews.attention.inf_fs import *
+from mlreviews.attention.lisa import *
 from mlreviews.attention.memlong import *
 from mlreviews.attention.polynomial_attention import *
 from mlreviews.attention.selective_attention import *
