@@ -116,12 +116,14 @@ def use_backend(name: str) -> Iterator[None]:
         _asked.reset(token)
 
 
-def select(core: Core, device: torch.device) -> Choice:
+def select(core: Core, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
     """The backend that a core uses for tensors on a device.
 
     Args:
         core: the core.
         device: where the tensors are.
+        dtype: that has to be computed in: no Triton kernel computes in float64, so that the default on a GPU is the
+            reference then. None: any.
 
     Raises:
         BackendError: a backend was asked for by name and can't be used here.
@@ -131,13 +133,13 @@ def select(core: Core, device: torch.device) -> Choice:
         name, origin = os.environ.get(VARIABLE) or None, VARIABLE
     if name is not None:
         _check_name(name, origin)
-        if problem := _problem(core, name, device):
+        if problem := _problem(core, name, device, dtype):
             raise BackendError(f"{core.name}: the backend {name!r} asked for by {origin} can't be used: {problem}")
         return Choice(name, f"asked for by {origin}")
     fast = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
     if fast is None:
         return Choice("reference", f"no other backend runs on {device.type}")
-    if problem := _problem(core, fast, device):
+    if problem := _problem(core, fast, device, dtype):
         return Choice("reference", problem)
     return Choice(fast, _reason(core, fast))
 
@@ -147,12 +149,13 @@ def _check_name(name: str, origin: str) -> None:
         raise BackendError(f"{origin}: there is no backend {name!r}; they are {', '.join(BACKENDS)}")
 
 
-def _problem(core: Core, backend: str, device: torch.device) -> str | None:
+def _problem(core: Core, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why the core can't use a backend on a device; None when it can."""
     if backend not in core.backends:
         return f"{core.name} has no {' or '.join(_FILES[backend])}"
     if backend == "triton":
-        return triton_problem(device)
+        problem = "the Triton kernels compute in float32, these are float64"
+        return problem if dtype == torch.float64 else triton_problem(device)
     if backend == "cpu":
         if device.type != "cpu":
             return f"it needs tensors on the CPU, these are on {device.type}"

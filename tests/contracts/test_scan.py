@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from mlreviews_kernels import use_backend
+from mlreviews_kernels import BackendError, use_backend
 from mlreviews_kernels.compiled import without_compiled_code
 from tests.kernels.scan_cases import Inputs, ScanCase
 
@@ -122,6 +123,13 @@ def test_vectorised_form_computes_in_float64(case: ScanCase) -> None:
     values = inputs(case, 2, case.lengths[-1])
     with using("vectorised"):
         assert_close(with_gradients(case, values), truth(case, values), 1e-11)
+
+
+@every_case
+def test_triton_refuses_float64(case: ScanCase) -> None:
+    # it would be float32 under another name
+    with using("triton"), pytest.raises(BackendError, match="compute in float32, these are float64"):
+        run(case, inputs(case, 1, 2))
 
 
 @every_case
@@ -332,7 +340,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "mlreviews":
-            self.calls.append((func, tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)))
+            self.calls.append((func, tree_map_only(Tensor, lambda x: x.detach().clone(), args)))
         return func(*args, **(kwargs or {}))
 
 

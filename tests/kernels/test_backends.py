@@ -125,6 +125,15 @@ def test_default_on_cpu_without_a_compiler() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_float64_on_a_gpu_is_the_reference_unless_triton_is_asked_for() -> None:
+    assert select(FULL, CUDA, torch.float32).backend == "triton"
+    found = select(FULL, CUDA, torch.float64)
+    assert found == backends.Choice("reference", "the Triton kernels compute in float32, these are float64")
+    with use_backend("triton"), pytest.raises(BackendError, match=r"asked for by use_backend .* these are float64"):
+        select(FULL, CUDA, torch.float64)
+
+
+@pytest.mark.usefixtures("gpu")
 def test_default_on_a_gpu_is_triton() -> None:
     assert select(FULL, CUDA) == backends.Choice("triton", "the default on a GPU")
     assert select(BARE, CUDA) == backends.Choice("reference", "scan has no gpu.py")

@@ -7,17 +7,15 @@ $\tfrac12 |W^\top k_t - v_t|^2$, taken at W_b: the last map (the delta rule) or 
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.delta_rule import reference
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
+from mlreviews_kernels.delta_rule.reference import Inputs
+from mlreviews_kernels.ops import register_scan
 
 __all__ = ["delta_rule", "delta_rule_step"]
 
@@ -60,7 +58,7 @@ def delta_rule(
     Raises:
         ValueError: shapes or devices don't go together.
         TypeError: a dtype is none of float32, float64, bfloat16, float16, or they don't go together.
-        BackendError: the backend asked for by name can't be used.
+        BackendError: the backend asked for by name can't be used; Triton not for float64.
     """
     if q.ndim != 4:
         raise ValueError(f"q: expected [batch, time, heads, dim_k], got {tuple(q.shape)}")
@@ -136,65 +134,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, axes: str) -> int:
     return v.shape[-1]
 
 
-@torch.library.custom_op("mlreviews::delta_rule", mutates_args=())
-def _delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    backend, choice = chosen(CORE, q.device)
-    run = implementation(CORE, backend).delta_rule
-    return *run(q, k, v, beta, initial, offsets, mini_batch, chunk_size), choice
+def _results(given: Inputs) -> tuple[Tensor, Tensor]:
+    return given.v.new_empty(given.v.shape), given.initial.new_empty(given.initial.shape)
 
 
-@torch.library.custom_op("mlreviews::delta_rule_backward", mutates_args=())
-def _delta_rule_backward(
-    grad_out: Tensor,
-    grad_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    choice: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs, grads = (q, k, v, beta, initial), (grad_out, grad_final)
-    if backend_of(choice) == "reference":
-        found = gradients(
-            partial(reference.delta_rule, offsets=offsets, mini_batch=mini_batch, chunk_size=chunk_size), inputs, grads
-        )
-    else:
-        run = implementation(CORE, backend_of(choice)).delta_rule_backward
-        found = run(*grads, *inputs, offsets, mini_batch, chunk_size)
-    return found[0], found[1], found[2], found[3], found[4]
-
-
-@_delta_rule.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return v.new_empty(v.shape), initial.new_empty(initial.shape), empty_choice()
-
-
-@_delta_rule_backward.register_fake
-def _(grad_out: Tensor, grad_final: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:5])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.mini_batch, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, grad_final: Tensor, _: object) -> tuple[Tensor | None, ...]:
-    grads = _delta_rule_backward(grad_out, grad_final, *ctx.saved_tensors, ctx.mini_batch, ctx.chunk_size)
-    return *grads, None, None, None
-
-
-_delta_rule.register_autograd(_differentiate, setup_context=_save)
+register_scan(CORE, "delta_rule", Inputs, "int mini_batch, int chunk_size", _results)

@@ -12,6 +12,7 @@ A chunk has whole mini-batches, or is part of one: then A is 0 and the right-han
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,100 +21,50 @@ from torch import Tensor
 
 from mlreviews_kernels.arguments import check_offsets
 from mlreviews_kernels.compiled import load, pointer
+from mlreviews_kernels.delta_rule.reference import Inputs
 from mlreviews_kernels.sequences import each
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 LONGEST = 64  # chunk of the compiled form: longer ones leave the cache
 
 
-def delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def delta_rule(given: Inputs, offsets: Tensor, mini_batch: int, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    check_offsets(offsets, q.shape[0])
-    library = load(SOURCE) if initial.dtype == torch.float32 else None
+    bounds = check_offsets(offsets, given.q.shape[0])
+    inputs = [tensor.to(given.initial.dtype).contiguous() for tensor in given]
+    library = load(SOURCE) if given.initial.dtype == torch.float32 else None
     if library is None:
-        return vectorised(q, k, v, beta, initial, offsets, mini_batch, chunk_size)
-    inputs = [tensor.float().contiguous() for tensor in (q, k, v, beta, initial)]
-    out, final = torch.empty_like(inputs[2]), torch.empty_like(inputs[4])
-    library.delta_rule(
-        *map(pointer, (*inputs, offsets.contiguous(), out, final)), *_sizes(initial, mini_batch, chunk_size)
-    )
-    return out.to(v.dtype), final
+        forward = partial(_forward, mini_batch=mini_batch, chunk_size=chunk_size)
+        out, final = each(forward, tuple(inputs[:4]), (inputs[4],), bounds, outputs=1)
+    else:
+        out, final = torch.empty_like(inputs[2]), torch.empty_like(inputs[4])
+        arrays = (*inputs, offsets.contiguous(), out, final)
+        library.delta_rule(*map(pointer, arrays), *_sizes(inputs[4], mini_batch, chunk_size))
+    return out.to(given.v.dtype), final
 
 
 def delta_rule_backward(
-    grad_out: Tensor,
-    grad_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of all inputs."""
-    library = load(SOURCE) if initial.dtype == torch.float32 else None
-    given = (q, k, v, beta, initial)
+    grad_out: Tensor, grad_final: Tensor, given: Inputs, offsets: Tensor, mini_batch: int, chunk_size: int
+) -> list[Tensor]:
+    """Gradients of what is given."""
+    dtype = given.initial.dtype
+    grad_out, grad_final, *inputs = (tensor.to(dtype).contiguous() for tensor in (grad_out, grad_final, *given))
+    library = load(SOURCE) if dtype == torch.float32 else None
+    grads: Sequence[Tensor]
     if library is None:
-        return vectorised_backward(grad_out, grad_final, *given, offsets, mini_batch, chunk_size)
-    inputs = [tensor.float().contiguous() for tensor in (grad_out, grad_final, *given)]
-    grads = [torch.empty_like(tensor) for tensor in inputs[2:]]
-    library.delta_rule_backward(
-        *map(pointer, (*inputs, offsets.contiguous(), *grads)), *_sizes(initial, mini_batch, chunk_size)
-    )
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
+        backward = partial(_backward, mini_batch=mini_batch, chunk_size=chunk_size)
+        tokens, states = (grad_out, *inputs[:4]), (grad_final, inputs[4])
+        grads = each(backward, tokens, states, offsets.tolist(), outputs=4)
+    else:
+        grads = [torch.empty_like(tensor) for tensor in inputs]
+        arrays = (grad_out, grad_final, *inputs, offsets.contiguous(), *grads)
+        library.delta_rule_backward(*map(pointer, arrays), *_sizes(inputs[4], mini_batch, chunk_size))
+    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)]
 
 
 def _sizes(initial: Tensor, mini_batch: int, chunk_size: int) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:
     numbers = (*initial.shape, mini_batch, min(chunk_size, LONGEST))
     return *map(ctypes.c_int64, numbers), ctypes.c_int(torch.get_num_threads())
-
-
-def vectorised(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The forward in PyTorch, on any device."""
-    wide = tuple(tensor.to(initial.dtype) for tensor in (q, k, v, beta))
-    forward = partial(_forward, mini_batch=mini_batch, chunk_size=chunk_size)
-    out, final = each(forward, wide, (initial,), offsets.tolist(), outputs=1)
-    return out.to(v.dtype), final
-
-
-def vectorised_backward(
-    grad_out: Tensor,
-    grad_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """The backward in PyTorch, on any device."""
-    wide = tuple(tensor.to(initial.dtype) for tensor in (grad_out, q, k, v, beta))
-    backward = partial(_backward, mini_batch=mini_batch, chunk_size=chunk_size)
-    states = (grad_final.to(initial.dtype), initial)
-    *tokens, grad_initial = each(backward, wide, states, offsets.tolist(), outputs=4)
-    return *(grad.to(given.dtype) for grad, given in zip(tokens, (q, k, v, beta), strict=True)), grad_initial
 
 
 def chunks(time: int, mini_batch: int, chunk_size: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlreviews_kernels.delta_rule import cpu
+from mlreviews_kernels.delta_rule.reference import Inputs
 from mlreviews_kernels.static import Launch
 
 TIME = 16  # steps of a chunk: the inverse is found row by row
@@ -296,21 +296,9 @@ def _per_chunk(q: Tensor, k: Tensor, beta: Tensor, chunks: _Chunks, mini_batch: 
     return inverses, scores
 
 
-def delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The op's forward; shapes as in `reference`. In float64, which tensor cores don't have, in plain PyTorch."""
-    if initial.dtype == torch.float64:
-        return cpu.vectorised(q, k, v, beta, initial, offsets, mini_batch, chunk_size)
-    q, k, v, initial = (tensor.contiguous() for tensor in (q, k, v, initial))
-    beta = beta.float().contiguous()
+def delta_rule(given: Inputs, offsets: Tensor, mini_batch: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """The op's forward; shapes as in `reference`."""
+    q, k, v, beta, initial = (tensor.contiguous() for tensor in given._replace(beta=given.beta.float()))
     (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
     chunks = _chunks(offsets, tokens, mini_batch)
     systems = _per_chunk(q, k, beta, chunks, mini_batch)
@@ -323,23 +311,11 @@ def delta_rule(
 
 
 def delta_rule_backward(
-    grad_out: Tensor,
-    grad_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of all inputs; states are computed again."""
-    given = (q, k, v, beta, initial)
-    if initial.dtype == torch.float64:
-        return cpu.vectorised_backward(grad_out, grad_final, *given, offsets, mini_batch, chunk_size)
-    grad_out, grad_final, q, k, v, initial = (x.contiguous() for x in (grad_out, grad_final, q, k, v, initial))
-    beta = beta.float().contiguous()
+    grad_out: Tensor, grad_final: Tensor, given: Inputs, offsets: Tensor, mini_batch: int, chunk_size: int
+) -> list[Tensor]:
+    """Gradients of what is given; states are computed again."""
+    q, k, v, beta, initial = (tensor.contiguous() for tensor in given._replace(beta=given.beta.float()))
+    grad_out, grad_final = grad_out.contiguous(), grad_final.contiguous()
     (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
     chunks = _chunks(offsets, tokens, mini_batch)
     systems = _per_chunk(q, k, beta, chunks, mini_batch)
@@ -366,7 +342,7 @@ def delta_rule_backward(
         **{**sizes, "KEYS": block, "num_warps": 4},
     )  # fmt: skip
     grads[3] = grads[3].sum(0)
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
+    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)]
 
 
 def launches() -> list[Launch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +11,29 @@ from torch import Tensor
 from mlreviews_kernels.arguments import check_offsets
 
 
-def delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    mini_batch: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """W_t = W_{t-1} + beta_t k_t (v_t - W_base^T k_t)^T and out_t = W_t^T q_t, tokens laid out one after another.
+class Inputs(NamedTuple):
+    """Tokens laid out one after another, and the states before the first ones.
 
-    Args:
+    Attributes:
         q: ``[tokens, heads, dim_k]``.
         k: like q.
         v: ``[tokens, heads, dim_v]``.
         beta: ``[tokens, heads]``.
         initial: ``[sequences, heads, dim_k, dim_v]``, in the dtype of the computation.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    initial: Tensor
+
+
+def delta_rule(given: Inputs, offsets: Tensor, mini_batch: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """W_t = W_{t-1} + beta_t k_t (v_t - W_base^T k_t)^T and out_t = W_t^T q_t.
+
+    Args:
+        given: the inputs.
         offsets: ``[sequences + 1]``.
         mini_batch: W_base is W before the first of so many steps, counted from the start of the sequence.
         chunk_size: has no meaning here.
@@ -35,8 +41,7 @@ def delta_rule(
     Returns:
         out ``[tokens, heads, dim_v]`` and the final states.
     """
-    dtype = v.dtype
-    q, k, v, beta = (tensor.to(initial.dtype) for tensor in (q, k, v, beta))
+    q, k, v, beta, initial = (tensor.to(given.initial.dtype) for tensor in given)
     outputs, finals = [], []
     for i, (start, stop) in enumerate(pairwise(check_offsets(offsets, q.shape[0]))):
         W = initial[i]
@@ -48,4 +53,4 @@ def delta_rule(
             outputs.append((W * q[t, :, :, None]).sum(1))
         finals.append(W)
     out = torch.stack(outputs) if outputs else v.clone()
-    return out.to(dtype), torch.stack(finals)
+    return out.to(given.v.dtype), torch.stack(finals)

@@ -6,15 +6,14 @@ Any length, any sign, any cut with the state carried over. See ``README.md`` for
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.linear_scan import reference
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
+from mlreviews_kernels.linear_scan.reference import Inputs
+from mlreviews_kernels.ops import register_scan
 
 __all__ = ["linear_scan", "linear_scan_step", "log_linear_scan"]
 
@@ -47,7 +46,7 @@ def linear_scan(
     Raises:
         ValueError: shapes or devices don't go together.
         TypeError: a dtype is none of float32, float64, bfloat16, float16, or they differ.
-        BackendError: the backend asked for by name can't be used.
+        BackendError: the backend asked for by name can't be used; Triton not for float64.
     """
     return _call(torch.ops.mlreviews.linear_scan, ("a", "b"), a, b, initial_state, 0.0, reverse, cu_seqlens)
 
@@ -126,57 +125,13 @@ def _call(
     return h.to(a.dtype).reshape(a.shape), final.reshape(initial_state.shape)
 
 
-def _register(name: str) -> None:
-    """Registers an op and its backward, on tokens ``[tokens, channels]`` and states ``[sequences, channels]``.
-
-    Each backend's module has both as ``<name>`` and ``<name>_backward``; the reference's backward is autograd's.
-    """
-    function = getattr(reference, name)
-
-    @torch.library.custom_op(f"mlreviews::{name}", mutates_args=())
-    def forward(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        backend, choice = chosen(CORE, a.device)
-        run = getattr(implementation(CORE, backend), name)
-        return *run(a, b, initial, offsets, reverse), choice
-
-    @torch.library.custom_op(f"mlreviews::{name}_backward", mutates_args=())
-    def backward(
-        grad_h: Tensor,
-        grad_final: Tensor,
-        a: Tensor,
-        b: Tensor,
-        h: Tensor,
-        initial: Tensor,
-        offsets: Tensor,
-        choice: Tensor,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if backend_of(choice) == "reference":
-            grads = gradients(lambda *x: function(*x, offsets, reverse), (a, b, initial), (grad_h, grad_final))
-            return grads[0], grads[1], grads[2]
-        run = getattr(implementation(CORE, backend_of(choice)), f"{name}_backward")
-        return run(grad_h, grad_final, a, b, h, initial, offsets, reverse)
-
-    @forward.register_fake
-    def _(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = initial.dtype if name == "log_linear_scan" else b.dtype
-        return torch.empty_like(b, dtype=dtype), torch.empty_like(initial), empty_choice()
-
-    @backward.register_fake
-    def _(
-        grad_h: Tensor, grad_final: Tensor, a: Tensor, b: Tensor, h: Tensor, initial: Tensor, *rest: object
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(a), torch.empty_like(b), torch.empty_like(initial)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        a, b, initial, offsets, ctx.reverse = inputs
-        ctx.save_for_backward(a, b, output[0], initial, offsets, output[2])
-
-    def differentiate(ctx: Any, grad_h: Tensor, grad_final: Tensor, _: object) -> tuple[Tensor | None, ...]:
-        return *backward(grad_h, grad_final, *ctx.saved_tensors, ctx.reverse), None, None
-
-    forward.register_autograd(differentiate, setup_context=save)
+def _results(given: Inputs) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(given.b), torch.empty_like(given.initial)
 
 
-_register("linear_scan")
-_register("log_linear_scan")
+def _log_results(given: Inputs) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(given.b, dtype=given.initial.dtype), torch.empty_like(given.initial)
+
+
+register_scan(CORE, "linear_scan", Inputs, "bool reverse", _results, kept=slice(1))
+register_scan(CORE, "log_linear_scan", Inputs, "bool reverse", _log_results, kept=slice(1))

@@ -16,71 +16,50 @@ from torch import Tensor
 
 from mlreviews_kernels.arguments import check_offsets
 from mlreviews_kernels.compiled import load, pointer
+from mlreviews_kernels.linear_scan.reference import Inputs
 from mlreviews_kernels.sequences import each
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
-def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def linear_scan(given: Inputs, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    h, final = _forward("linear_scan", _scan, a, b, initial, offsets, reverse)
-    return h.to(b.dtype), final
+    h, final = _forward("linear_scan", _scan, given, offsets, reverse)
+    return h.to(given.b.dtype), final
 
 
-def log_linear_scan(
-    log_a: Tensor, log_b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def log_linear_scan(given: Inputs, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The op's forward in log space."""
-    return _forward("log_linear_scan", _log_scan, log_a, log_b, initial, offsets, reverse)
+    return _forward("log_linear_scan", _log_scan, given, offsets, reverse)
 
 
 def linear_scan_backward(
-    grad_h: Tensor,
-    grad_final: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and the initial state."""
-    saved = (a, h, initial)
+    grad_h: Tensor, grad_final: Tensor, given: Inputs, h: Tensor, offsets: Tensor, reverse: bool
+) -> list[Tensor]:
+    """Gradients of what is given."""
+    saved = (given.a, h, given.initial)
     return _backward("linear_scan_backward", _scan_backward, grad_h, grad_final, saved, offsets, reverse)
 
 
 def log_linear_scan_backward(
-    grad_h: Tensor,
-    grad_final: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    log_h: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of log_a, log_b and the initial state."""
-    saved = (log_a, log_b, log_h, initial)
+    grad_h: Tensor, grad_final: Tensor, given: Inputs, log_h: Tensor, offsets: Tensor, reverse: bool
+) -> list[Tensor]:
+    """Gradients of what is given."""
+    saved = (given.a, given.b, log_h, given.initial)
     return _backward("log_linear_scan_backward", _log_scan_backward, grad_h, grad_final, saved, offsets, reverse)
 
 
 def _forward(
-    name: str,
-    vectorised: Callable[..., tuple[Tensor, Tensor]],
-    a: Tensor,
-    b: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    reverse: bool,
+    name: str, vectorised: Callable[..., tuple[Tensor, Tensor]], given: Inputs, offsets: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    bounds = check_offsets(offsets, a.shape[0])
+    bounds = check_offsets(offsets, given.a.shape[0])
+    a, b, initial = (x.to(given.initial.dtype).contiguous() for x in given)
     library = None if initial.dtype == torch.float64 else load(SOURCE)
-    wide_a, wide_b, initial = (x.to(initial.dtype).contiguous() for x in (a, b, initial))
     if library is None:
-        h, final = _each(vectorised, (wide_a, wide_b), (initial,), bounds, reverse)
+        h, final = _each(vectorised, (a, b), (initial,), bounds, reverse)
     else:
-        h, final = torch.empty_like(wide_b), torch.empty_like(initial)
-        arrays = (wide_a, wide_b, initial, offsets.contiguous(), h, final)
+        h, final = torch.empty_like(b), torch.empty_like(initial)
+        arrays = (a, b, initial, offsets.contiguous(), h, final)
         getattr(library, name)(*map(pointer, arrays), *_sizes(initial, reverse))
     return h, final
 
@@ -93,7 +72,7 @@ def _backward(
     saved: tuple[Tensor, ...],
     offsets: Tensor,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     dtype, initial = saved[0].dtype, saved[-1]
     library = None if initial.dtype == torch.float64 else load(SOURCE)
     grad_h, grad_final, *saved = (x.to(initial.dtype).contiguous() for x in (grad_h, grad_final, *saved))  # type: ignore[assignment]
@@ -103,7 +82,7 @@ def _backward(
         grads = torch.empty_like(grad_h), torch.empty_like(grad_h), torch.empty_like(grad_final)
         arrays = (grad_h, grad_final, *saved, offsets.contiguous(), *grads)
         getattr(library, name)(*map(pointer, arrays), *_sizes(initial, reverse))
-    return grads[0].to(dtype), grads[1].to(dtype), grads[2]
+    return [grads[0].to(dtype), grads[1].to(dtype), grads[2]]
 
 
 def _sizes(initial: Tensor, reverse: bool) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int]:

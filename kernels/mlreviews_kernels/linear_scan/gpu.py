@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlreviews_kernels.backends import BackendError
+from mlreviews_kernels.linear_scan.reference import Inputs
 from mlreviews_kernels.static import Launch
 
 # rows of time and channels of a tile: wide enough for whole cache lines, small enough to stay in registers
@@ -160,25 +160,23 @@ def backward_kernel(
     tl.store(grad_initial + sequence * channels + column, carry, mask=inside)
 
 
-def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def linear_scan(given: Inputs, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    return _forward(a, b, initial, offsets, reverse, log=False)
+    return _forward(given, offsets, reverse, log=False)
 
 
-def log_linear_scan(
-    log_a: Tensor, log_b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def log_linear_scan(given: Inputs, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The op's forward in log space."""
-    return _forward(log_a, log_b, initial, offsets, reverse, log=True)
+    return _forward(given, offsets, reverse, log=True)
 
 
-def linear_scan_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and the initial state; arguments as in `cpu`."""
+def linear_scan_backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of what is given; arguments as in `cpu`."""
     return _backward(*arguments, log=False)
 
 
-def log_linear_scan_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of log_a, log_b and the initial state; arguments as in `cpu`."""
+def log_linear_scan_backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of what is given; arguments as in `cpu`."""
     return _backward(*arguments, log=True)
 
 
@@ -187,12 +185,8 @@ def _grid(initial: Tensor) -> tuple[int, int]:
     return sequences, triton.cdiv(channels, COLUMNS)
 
 
-def _forward(
-    a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool, *, log: bool
-) -> tuple[Tensor, Tensor]:
-    if initial.dtype == torch.float64:
-        raise BackendError('linear_scan: the Triton kernels compute in float32; use_backend("reference") has float64')
-    a, b, initial = a.contiguous(), b.contiguous(), initial.contiguous()
+def _forward(given: Inputs, offsets: Tensor, reverse: bool, *, log: bool) -> tuple[Tensor, Tensor]:
+    a, b, initial = (x.contiguous() for x in given)
     h, final = torch.empty_like(b, dtype=initial.dtype if log else b.dtype), torch.empty_like(initial)
     scan_kernel[_grid(initial)](
         a, b, initial, offsets, h, final, initial.shape[1],
@@ -202,19 +196,10 @@ def _forward(
 
 
 def _backward(
-    grad_h: Tensor,
-    grad_final: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    reverse: bool,
-    *,
-    log: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_h, grad_final, a, b, h, initial = (x.contiguous() for x in (grad_h, grad_final, a, b, h, initial))
-    grads = torch.empty_like(a), torch.empty_like(b), torch.empty_like(initial)
+    grad_h: Tensor, grad_final: Tensor, given: Inputs, h: Tensor, offsets: Tensor, reverse: bool, *, log: bool
+) -> list[Tensor]:
+    grad_h, grad_final, a, b, initial, h = (x.contiguous() for x in (grad_h, grad_final, *given, h))
+    grads = [torch.empty_like(x) for x in (a, b, initial)]
     backward_kernel[_grid(initial)](
         grad_h, grad_final, a, b, h, initial, offsets, *grads, initial.shape[1],
         LOG=log, REVERSE=reverse, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,17 @@ from torch import Tensor
 from mlreviews_kernels.arguments import check_offsets
 
 
-def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """h_t = a_t h_{t-1} + b_t over tokens ``[tokens, channels]``; states ``[sequences, channels]``."""
+class Inputs(NamedTuple):
+    """Factors and inputs ``[tokens, channels]``, first states ``[sequences, channels]``; logarithms in log space."""
+
+    a: Tensor
+    b: Tensor
+    initial: Tensor
+
+
+def linear_scan(given: Inputs, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """h_t = a_t h_{t-1} + b_t, all tokens' and each sequence's last one."""
+    a, b, initial = given
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
     bounds = check_offsets(offsets, a.shape[0])
@@ -26,13 +36,12 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor, offsets: Tensor, reverse:
     return _stack(outputs, b).to(b.dtype), torch.stack(finals)
 
 
-def log_linear_scan(
-    log_a: Tensor, log_b: Tensor, initial: Tensor, offsets: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def log_linear_scan(given: Inputs, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """log h_t = log(a_t h_{t-1} + b_t) from the logarithms of all that is positive.
 
     The outputs have the states' dtype: the backward takes differences of them, which half precision would spoil.
     """
+    log_a, log_b, initial = given
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
     bounds = check_offsets(offsets, log_a.shape[0])

@@ -7,15 +7,14 @@ No tensor of tokens x channels x state is ever stored. See ``README.md`` for the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.selective_scan import reference
+from mlreviews_kernels.ops import register_scan
+from mlreviews_kernels.selective_scan.reference import Inputs, border_rows, step
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
@@ -62,7 +61,7 @@ def selective_scan(
         ValueError: shapes or devices don't go together.
         TypeError: a dtype is none of float32, float64, bfloat16, float16; or those of u, delta, B, C and z differ.
             A, D, delta_bias and the initial state may have their own; they are used in the state's precision.
-        BackendError: the backend asked for by name can't be used.
+        BackendError: the backend asked for by name can't be used; Triton not for float64.
     """
     check_floating("u", u)
     if u.ndim != 3:
@@ -84,10 +83,10 @@ def selective_scan(
         A.to(dtype),
         B.flatten(0, 1),
         C.flatten(0, 1),
+        initial_state.to(dtype),
         None if D is None else D.to(dtype),
         None if z is None else z.flatten(0, 1),
         None if delta_bias is None else delta_bias.to(dtype),
-        initial_state.to(dtype),
         offsets,
         delta_softplus,
     )
@@ -135,7 +134,7 @@ def selective_scan_step(
     check_floating("state", state)
     check_shape("state", state, (*u.shape, A.shape[1]), "[batch, channels, state]")
     check_same("state", state, u, dtype=False)
-    return reference.step(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus)
+    return step(Inputs(u, delta, A, B, C, state, D, z, delta_bias), delta_softplus)
 
 
 def _check(
@@ -189,108 +188,10 @@ def _check(
     return B.reshape(shape), C.reshape(shape)
 
 
-@torch.library.custom_op("mlreviews::selective_scan", mutates_args=())
-def _forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the final state, the states at the borders of chunks (see `reference.border_rows`), and the choice."""
-    backend, choice = chosen(CORE, u.device)
-    run = implementation(CORE, backend).selective_scan
-    return *run(u, delta, A, B, C, D, z, delta_bias, initial, offsets, delta_softplus), choice
+def _results(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    u, initial = given.u, given.initial
+    borders = initial.new_empty(border_rows(u.shape[0], initial.shape[0]), *initial.shape[1:])
+    return u.new_empty(u.shape), initial.new_empty(initial.shape), borders
 
 
-@torch.library.custom_op("mlreviews::selective_scan_backward", mutates_args=())
-def _backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    borders: Tensor,
-    choice: Tensor,
-    delta_softplus: bool,
-) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, the initial state, and of those of D, z, delta_bias that aren't None."""
-    arguments = (u, delta, A, B, C, D, z, delta_bias)
-    if backend_of(choice) == "reference":
-        present = [i for i, tensor in enumerate(arguments) if tensor is not None]
-
-        def function(initial: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            full = dict(zip(present, tensors, strict=True))
-            inputs: list[Any] = [*map(full.get, range(len(arguments))), initial, offsets, delta_softplus]
-            return reference.selective_scan(*inputs)[:2]
-
-        inputs = (initial, *(tensor for tensor in arguments if tensor is not None))
-        grad_initial, *grads = gradients(function, inputs, (grad_y, grad_final))
-        return [*grads[:5], grad_initial, *grads[5:]]
-    run = implementation(CORE, backend_of(choice)).selective_scan_backward
-    return run(grad_y, grad_final, *arguments, initial, offsets, borders, delta_softplus)
-
-
-@_forward.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    borders = initial.new_empty(reference.border_rows(u.shape[0], initial.shape[0]), *initial.shape[1:])
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(initial, memory_format=torch.contiguous_format), borders, empty_choice()
-
-
-@_backward.register_fake
-def _(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    *rest: object,
-) -> list[Tensor]:
-    inputs = (u, delta, A, B, C, initial, D, z, delta_bias)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.delta_softplus = inputs
-    ctx.save_for_backward(*tensors, output[2], output[3])
-
-
-def _differentiate(ctx: Any, grad_y: Tensor, grad_final: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.mlreviews.selective_scan_backward(grad_y, grad_final, *ctx.saved_tensors, ctx.delta_softplus)
-    optional = iter(grads[6:])
-    rest = [None if tensor is None else next(optional) for tensor in ctx.saved_tensors[5:8]]
-    return *grads[:5], *rest, grads[5], None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_scan(CORE, "selective_scan", Inputs, "bool delta_softplus", _results, kept=slice(2, 3))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlreviews_kernels.arguments import check_offsets
 from mlreviews_kernels.compiled import load, pointer
-from mlreviews_kernels.selective_scan.reference import CHUNK, border_rows
+from mlreviews_kernels.selective_scan.reference import CHUNK, Inputs, border_rows
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -24,74 +24,36 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 TOGETHER, PIECE = 2**16, 2**19
 
 
-class Inputs(NamedTuple):
-    """The op's inputs in the state's dtype; shapes as in `reference`."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    delta_softplus: bool
-
-
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(given: Inputs, offsets: Tensor, delta_softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward; shapes as in `reference`, the states before each chunk in the rows that `border_rows` tells."""
-    bounds = check_offsets(offsets, u.shape[0])
-    inputs = Inputs._make([*_wide(initial.dtype, u, delta, A, B, C, D, z, delta_bias), delta_softplus])
+    bounds = check_offsets(offsets, given.u.shape[0])
+    inputs = given.to(given.initial.dtype)
+    u, initial = inputs.u, inputs.initial
     borders = initial.new_zeros(border_rows(u.shape[0], initial.shape[0]), *initial.shape[1:])
-    y, final = torch.empty_like(inputs.u), torch.empty_like(initial, memory_format=torch.contiguous_format)
+    y, final = torch.empty_like(u), torch.empty_like(initial)
     library = None if initial.dtype == torch.float64 else load(SOURCE)
     if library is None:
-        _forward(inputs, initial, bounds, y, final, borders)
+        _forward(inputs, delta_softplus, bounds, y, final, borders)
     else:
-        arrays = (*inputs[:-1], initial.contiguous(), offsets.contiguous(), y, final, borders)
-        sizes = (*initial.shape[:2], *B.shape[1:], CHUNK)
+        arrays = (*_without_states(inputs), initial, offsets.contiguous(), y, final, borders)
+        sizes = (*initial.shape[:2], *given.B.shape[1:], CHUNK)
         library.selective_scan(*map(pointer, arrays), *map(ctypes.c_int64, sizes), *_flags(delta_softplus))
-    return y.to(u.dtype), final, borders
+    return y.to(given.u.dtype), final, borders
 
 
 def selective_scan_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    borders: Tensor,
-    delta_softplus: bool,
-) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, the initial state, and of those of D, z, delta_bias that aren't None."""
-    inputs = Inputs._make([*_wide(initial.dtype, u, delta, A, B, C, D, z, delta_bias), delta_softplus])
-    grad_y, grad_final = (x.to(initial.dtype).contiguous() for x in (grad_y, grad_final))
-    library = None if initial.dtype == torch.float64 else load(SOURCE)
+    grad_y: Tensor, grad_final: Tensor, given: Inputs, borders: Tensor, offsets: Tensor, delta_softplus: bool
+) -> list[Tensor | None]:
+    """Gradients of what is given."""
+    inputs = given.to(given.initial.dtype)
+    grad_y, grad_final = (x.to(given.initial.dtype).contiguous() for x in (grad_y, grad_final))
+    library = None if given.initial.dtype == torch.float64 else load(SOURCE)
     if library is None:
-        grads = _backward(inputs, grad_y, grad_final, borders, offsets.tolist())
+        grads = _backward(inputs, delta_softplus, grad_y, grad_final, borders, offsets.tolist())
     else:
-        grads = _compiled_backward(library, inputs, grad_y, grad_final, borders, offsets)
-    like = (u, delta, A, B, C, initial, D, z, delta_bias)
-    return [g.to(x.dtype).contiguous() for g, x in zip(grads, like, strict=True) if g is not None and x is not None]
+        grads = _compiled_backward(library, inputs, delta_softplus, grad_y, grad_final, borders, offsets)
+    found = zip(grads, given, strict=True)
+    return [None if grad is None or x is None else grad.to(x.dtype).contiguous() for grad, x in found]
 
 
 def task_width(states: int) -> int:
@@ -105,9 +67,15 @@ def task_width(states: int) -> int:
 
 
 def _compiled_backward(
-    library: ctypes.CDLL, inputs: Inputs, grad_y: Tensor, grad_final: Tensor, borders: Tensor, offsets: Tensor
+    library: ctypes.CDLL,
+    inputs: Inputs,
+    delta_softplus: bool,
+    grad_y: Tensor,
+    grad_final: Tensor,
+    borders: Tensor,
+    offsets: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    u, _, _, B, _, D, z, delta_bias, delta_softplus = inputs
+    u, _, _, B, _, _, D, z, delta_bias = inputs
     (sequences, channels, states), tokens, groups = grad_final.shape, u.shape[0], B.shape[1]
     span = task_width(states)
     blocks = -(-(channels // groups) // span)
@@ -116,7 +84,7 @@ def _compiled_backward(
     of_B, of_C = (u.new_empty(groups, blocks, tokens, states) for _ in range(2))
     of_D, of_bias = (None if x is None else u.new_empty(sequences, channels) for x in (D, delta_bias))
     of_z = None if z is None else torch.empty_like(z)
-    arrays = (*inputs[:-1], offsets.contiguous(), borders)
+    arrays = (*_without_states(inputs), offsets.contiguous(), borders)
     outputs = (of_u, of_delta, of_A, of_B, of_C, of_initial, of_D, of_z, of_bias)
     library.selective_scan_backward(
         *map(pointer, (grad_y, grad_final, *arrays, *outputs)),
@@ -128,8 +96,8 @@ def _compiled_backward(
     return of_u, of_delta, of_A.sum(0), of_B, of_C, of_initial, of_D, of_z, of_bias
 
 
-def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.to(dtype).contiguous() for x in tensors]
+def _without_states(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    return *inputs[:5], *inputs[6:]
 
 
 def _flags(delta_softplus: bool) -> tuple[ctypes.c_int, ctypes.c_int]:
@@ -175,11 +143,11 @@ class Piece(NamedTuple):
     u: Tensor
 
 
-def _piece(inputs: Inputs, batch: Batch, steps: slice) -> Piece:
+def _piece(inputs: Inputs, delta_softplus: bool, batch: Batch, steps: slice) -> Piece:
     u, raw, B, C = (batch.of(x)[:, steps] for x in (inputs.u, inputs.delta, inputs.B, inputs.C))
     if inputs.delta_bias is not None:
         raw = raw + inputs.delta_bias
-    delta = torch.logaddexp(raw, torch.zeros_like(raw)) if inputs.delta_softplus else raw
+    delta = torch.logaddexp(raw, torch.zeros_like(raw)) if delta_softplus else raw
     return Piece(raw, delta, delta * u, B, C, u)
 
 
@@ -212,11 +180,13 @@ def _states(piece: Piece, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return decay, h
 
 
-def _forward(inputs: Inputs, initial: Tensor, bounds: list[int], y: Tensor, final: Tensor, borders: Tensor) -> None:
+def _forward(
+    inputs: Inputs, delta_softplus: bool, bounds: list[int], y: Tensor, final: Tensor, borders: Tensor
+) -> None:
     """Fills the last three."""
     A = inputs.A.T.contiguous()
     for batch in _batches(bounds, max(1, TOGETHER // A.numel())):
-        state = initial[batch.sequences].mT.contiguous()
+        state = inputs.initial[batch.sequences].mT.contiguous()
         steps = CHUNK
         while steps > 1 and steps * state.numel() > PIECE:
             steps //= 2
@@ -224,7 +194,7 @@ def _forward(inputs: Inputs, initial: Tensor, bounds: list[int], y: Tensor, fina
             now = slice(start, start + steps)
             if start % CHUNK == 0:
                 borders[batch.rows + start // CHUNK] = state.mT
-            piece = _piece(inputs, batch, now)
+            piece = _piece(inputs, delta_softplus, batch, now)
             _, h = _states(piece, A, state)
             out = _over_states(h, piece.C)
             if inputs.D is not None:
@@ -237,7 +207,7 @@ def _forward(inputs: Inputs, initial: Tensor, bounds: list[int], y: Tensor, fina
 
 
 def _backward(
-    inputs: Inputs, grad_y: Tensor, grad_final: Tensor, borders: Tensor, bounds: list[int]
+    inputs: Inputs, delta_softplus: bool, grad_y: Tensor, grad_final: Tensor, borders: Tensor, bounds: list[int]
 ) -> tuple[Tensor | None, ...]:
     """Chunk by chunk, the last one first; the states of a chunk come from the one at its border."""
     A, D, z = inputs.A.T.contiguous(), inputs.D, inputs.z
@@ -249,7 +219,7 @@ def _backward(
         carry = grad_final[batch.sequences].mT.contiguous()
         for start in reversed(range(0, batch.time, CHUNK)):
             now = slice(start, start + CHUNK)
-            piece = _piece(inputs, batch, now)
+            piece = _piece(inputs, delta_softplus, batch, now)
             before = borders[batch.rows + start // CHUNK].mT
             decay, h = _states(piece, A, before)
             gy = batch.of(grad_y)[:, now]
@@ -273,7 +243,7 @@ def _backward(
             of_step = (x * A).sum(2).addcmul_(entering, piece.u)
             of_A += x.mul_(piece.delta[..., None, :]).sum((0, 1))
             batch.of(of_u)[:, now] = entering * piece.delta + (0 if D is None else D * gy)
-            if inputs.delta_softplus:
+            if delta_softplus:
                 of_step *= torch.sigmoid(piece.raw)
             batch.of(of_delta)[:, now] = of_step
             if of_D is not None:

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlreviews_kernels.backends import BackendError
-from mlreviews_kernels.selective_scan.reference import CHUNK, border_rows
+from mlreviews_kernels.selective_scan.reference import CHUNK, Inputs, border_rows
 from mlreviews_kernels.static import Launch
 
 ROWS = 8  # steps in a tile, of which each chunk has a whole number
@@ -308,171 +307,94 @@ def backward_kernel(
             tl.debug_barrier()  # as above, in the next tile
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(given: Inputs, offsets: Tensor, delta_softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward; shapes as in `reference`, the states before each chunk in the rows that `border_rows` tells."""
-    if initial.dtype == torch.float64:
-        raise BackendError(
-            'selective_scan: the Triton kernels compute in float32; use_backend("reference") has float64'
-        )
-    if A.shape[1] <= WIDEST:
-        return _scan(u, delta, A, B, C, D, z, delta_bias, initial, offsets, delta_softplus)
-    wide_u, wide_delta = u.float(), delta.float()
-    parts = []
-    for part in _slices(A.shape[1]):
-        own = A[:, part], B[..., part].float(), C[..., part].float()
-        parts.append(
-            _scan(wide_u, wide_delta, *own, None, None, delta_bias, initial[..., part], offsets, delta_softplus)
-        )
-    ys, finals, borders = zip(*parts, strict=True)
-    y = sum(ys) if D is None else sum(ys) + D * wide_u
-    y = y if z is None else y * torch.nn.functional.silu(z.float())
-    return y.to(u.dtype).contiguous(), torch.cat(finals, -1), torch.cat(borders, -1)
+    if given.A.shape[1] <= WIDEST:
+        return _scan(given, offsets, delta_softplus)
+    ys, finals, borders = zip(*(_scan(part, offsets, delta_softplus) for part in _slices(given)), strict=True)
+    y = sum(ys) if given.D is None else sum(ys) + given.D * given.u.float()
+    y = y if given.z is None else y * torch.nn.functional.silu(given.z.float())
+    return y.to(given.u.dtype).contiguous(), torch.cat(finals, -1), torch.cat(borders, -1)
 
 
 def selective_scan_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    borders: Tensor,
-    delta_softplus: bool,
-) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, the initial state, and of those of D, z, delta_bias that aren't None."""
-    if A.shape[1] <= WIDEST:
-        saved = u, delta, A, B, C, D, z, delta_bias, initial, offsets, borders
-        return _scan_backward(grad_y, grad_final, *saved, delta_softplus)
+    grad_y: Tensor, grad_final: Tensor, given: Inputs, borders: Tensor, offsets: Tensor, delta_softplus: bool
+) -> list[Tensor | None]:
+    """Gradients of what is given."""
+    if given.A.shape[1] <= WIDEST:
+        return _scan_backward(grad_y, grad_final, given, borders, offsets, delta_softplus)
     grad_out, of_z = grad_y.float(), None
-    if z is not None:
-        ungated, _, _ = selective_scan(
-            u.float(), delta.float(), A, B, C, D, None, delta_bias, initial, offsets, delta_softplus
-        )
-        gate = z.float().sigmoid()
-        of_z = (grad_out * ungated * gate * (1 + z * (1 - gate))).to(z.dtype)
+    if given.z is not None:
+        wide = given._replace(u=given.u.float(), delta=given.delta.float(), z=None)
+        ungated, _, _ = selective_scan(wide, offsets, delta_softplus)
+        z = given.z.float()
+        gate = z.sigmoid()
+        of_z = grad_out * ungated * gate * (1 + z * (1 - gate))
         grad_out = grad_out * z * gate
-    wide_u, wide_delta = u.float(), delta.float()
     parts = []
-    for part in _slices(A.shape[1]):
-        own = A[:, part], B[..., part].float(), C[..., part].float()
-        states = initial[..., part], offsets, borders[..., part]
-        parts.append(
-            _scan_backward(
-                grad_out,
-                grad_final[..., part],
-                wide_u,
-                wide_delta,
-                *own,
-                None,
-                None,
-                delta_bias,
-                *states,
-                delta_softplus,
-            )
-        )
-    of_u, of_delta, of_A, of_B, of_C, of_state, *of_bias = zip(*parts, strict=True)
-    grad_u = sum(of_u) if D is None else sum(of_u) + grad_out * D
-    of_D = None if D is None else (grad_out * wide_u).sum(0)
-    joined = (torch.cat(parts, -1) for parts in (of_A, of_B, of_C, of_state))
-    grad_A, grad_B, grad_C, grad_state = joined
-    grads = (
-        grad_u.to(u.dtype),
-        sum(of_delta).to(delta.dtype),
-        grad_A,
-        grad_B.to(B.dtype),
-        grad_C.to(C.dtype),
-        grad_state,
-        of_D,
+    for i, part in enumerate(_slices(given)):
+        own = slice(i * WIDEST, (i + 1) * WIDEST)
+        states = grad_final[..., own], part, borders[..., own]
+        parts.append(_scan_backward(grad_out, *states, offsets, delta_softplus))
+    of_u, of_delta, of_A, of_B, of_C, of_state, _, _, of_bias = zip(*parts, strict=True)
+    found: list[Any] = [
+        sum(of_u) if given.D is None else sum(of_u) + grad_out * given.D,
+        sum(of_delta),
+        *(torch.cat(each, -1) for each in (of_A, of_B, of_C, of_state)),
+        None if given.D is None else (grad_out * given.u.float()).sum(0),
         of_z,
-        sum(of_bias[0]) if of_bias else None,
-    )
-    return [grad for grad in grads if grad is not None]
+        None if given.delta_bias is None else sum(of_bias),
+    ]
+    return [None if x is None else grad.to(x.dtype) for grad, x in zip(found, given, strict=True)]
 
 
-def _slices(states: int) -> list[slice]:
-    return [slice(start, start + WIDEST) for start in range(0, states, WIDEST)]
+def _slices(given: Inputs) -> list[Inputs]:
+    """At most `WIDEST` states each, in float32, without what comes after the sum over states."""
+    u, delta, A, B, C, initial, _, _, bias = given
+    wide, slices = (u.float(), delta.float()), [slice(n, n + WIDEST) for n in range(0, A.shape[1], WIDEST)]
+    return [
+        Inputs(*wide, A[:, n], B[..., n].float(), C[..., n].float(), initial[..., n], delta_bias=bias) for n in slices
+    ]
 
 
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(given: Inputs, offsets: Tensor, delta_softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The op's forward for at most `WIDEST` states."""
-    inputs = _contiguous(u, delta, A, B, C, D, z, delta_bias, initial, offsets)
+    u, delta, A, B, C, initial, D, z, delta_bias = _contiguous(*given)
     (sequences, channels, states), groups = initial.shape, B.shape[1]
-    y, final = torch.empty_like(inputs[0]), torch.empty_like(inputs[8])
+    y, final = torch.empty_like(u), torch.empty_like(initial)
     borders = initial.new_zeros(border_rows(u.shape[0], sequences), channels, states)
     constants = constants_for(channels // groups, states, delta_softplus)
     blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
     forward_kernel[sequences, groups * blocks](
-        *inputs, y, final, borders, channels, groups, states, blocks, **constants, num_warps=WARPS
-    )
+        u, delta, A, B, C, D, z, delta_bias, initial, offsets, y, final, borders,
+        channels, groups, states, blocks, **constants, num_warps=WARPS,
+    )  # fmt: skip
     return y, final, borders
 
 
 def _scan_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    borders: Tensor,
-    delta_softplus: bool,
-) -> list[Tensor]:
+    grad_y: Tensor, grad_final: Tensor, given: Inputs, borders: Tensor, offsets: Tensor, delta_softplus: bool
+) -> list[Tensor | None]:
     """The op's backward for at most `WIDEST` states."""
-    inputs = _contiguous(grad_y, u, delta, A, B, C, D, z, delta_bias, offsets, borders)
+    u, delta, A, B, C, initial, D, z, delta_bias = _contiguous(*given)
     (sequences, channels, states), tokens, groups = initial.shape, u.shape[0], B.shape[1]
     constants = constants_for(channels // groups, states, delta_softplus)
     tile_states = initial.new_empty(sequences, CHUNK // ROWS, channels, states)
     span = max(constants["COLUMNS"], min(SPAN, triton.next_power_of_2(channels // groups)))
     blocks = triton.cdiv(channels // groups, span)
-    of_u, of_delta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
-    of_A, of_state = initial.new_zeros(initial.shape), grad_final.clone(memory_format=torch.contiguous_format)
+    of_u, of_delta = torch.empty_like(u), torch.empty_like(delta)
+    of_A, of_state = torch.zeros_like(initial), grad_final.clone(memory_format=torch.contiguous_format)
     of_B, of_C = (initial.new_empty(groups, blocks, tokens, states) for _ in range(2))
     of_D, of_bias = (None if x is None else initial.new_zeros(sequences, channels) for x in (D, delta_bias))
-    of_z = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    of_z = None if z is None else torch.empty_like(z)
     backward_kernel[sequences, groups * blocks](
-        *inputs, tile_states, of_u, of_delta, of_A, of_B, of_C, of_state, of_D, of_z, of_bias,
+        grad_y.contiguous(), u, delta, A, B, C, D, z, delta_bias, offsets, borders.contiguous(), tile_states,
+        of_u, of_delta, of_A, of_B, of_C, of_state, of_D, of_z, of_bias,
         channels, groups, states, blocks, tokens, span, **constants, num_warps=WARPS,
     )  # fmt: skip
     of_B, of_C = (blocks.sum(1).transpose(0, 1).to(u.dtype).contiguous() for blocks in (of_B, of_C))
     of_D, of_bias = (None if x is None else x.sum(0) for x in (of_D, of_bias))
-    grads = (of_u, of_delta, of_A.sum(0), of_B, of_C, of_state, of_D, of_z, of_bias)
-    return [grad for grad in grads if grad is not None]
+    return [of_u, of_delta, of_A.sum(0), of_B, of_C, of_state, of_D, of_z, of_bias]
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,51 +23,57 @@ def border_rows(tokens: int, sequences: int) -> int:
     return tokens // CHUNK + sequences
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial: Tensor,
-    offsets: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Over tokens ``[tokens, channels]``, B and C ``[tokens, groups, state]``, states ``[sequences, channels, state]``.
+class Inputs(NamedTuple):
+    """Tokens laid out one after another, and the states before the first ones.
 
-    The third result stands for the states at the borders of chunks, which this backward doesn't use.
+    Attributes:
+        u: ``[tokens, channels]``.
+        delta: like u, the step sizes.
+        A: ``[channels, state]``, the rates.
+        B: ``[tokens, groups, state]``.
+        C: like B.
+        initial: ``[sequences, channels, state]``, in the dtype of the computation.
+        D: ``[channels]``, the skip connection.
+        z: like u, the gate.
+        delta_bias: ``[channels]``.
     """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    initial: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    delta_bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """All tensors contiguous and of one dtype."""
+        return Inputs(*(None if x is None else x.to(dtype).contiguous() for x in self))  # type: ignore[arg-type]
+
+
+def selective_scan(given: Inputs, offsets: Tensor, delta_softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final states and what stands for those at the borders of chunks, which this backward doesn't use."""
+    u, _, _, B, C, initial, _, z, _ = given
     outputs, finals = [torch.empty_like(u[:0])], []
     bounds = check_offsets(offsets, u.shape[0])
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        h = initial[i]
+        h = initial[i : i + 1]
         for t in range(start, stop):
-            gate = None if z is None else z[t : t + 1]
             now = slice(t, t + 1)
-            y, h = step(u[now], delta[now], A, B[now], C[now], D, gate, delta_bias, h[None], delta_softplus)
+            gate = None if z is None else z[now]
+            token = given._replace(u=u[now], delta=given.delta[now], B=B[now], C=C[now], z=gate, initial=h)
+            y, h = step(token, delta_softplus)
             outputs.append(y)
-            h = h[0]
         finals.append(h)
     borders = initial.new_zeros(border_rows(u.shape[0], initial.shape[0]), *initial.shape[1:])
-    return torch.cat(outputs), torch.stack(finals), borders
+    return torch.cat(outputs), torch.cat(finals), borders
 
 
-def step(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    h: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """One token of each row: ``u [batch, channels]``, ``B [batch, groups, state]``, ``h [batch, channels, state]``."""
+def step(given: Inputs, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+    """y and the states after one token of each row, with ``batch`` in place of ``tokens`` and of ``sequences``."""
+    u, delta, A, B, C, h, D, z, delta_bias = given
     dtype, groups = h.dtype, B.shape[1]
     x, step_size, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
     if groups > 1:  # a single one is broadcast

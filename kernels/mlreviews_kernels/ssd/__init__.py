@@ -5,17 +5,15 @@ One decay per head and step makes the scan a masked matrix product, done in chun
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.ssd import reference
+from mlreviews_kernels.ops import register_scan
+from mlreviews_kernels.ssd.reference import Inputs
 
 __all__ = ["ssd", "ssd_step"]
 
@@ -54,7 +52,7 @@ def ssd(
     Raises:
         ValueError: shapes or devices don't go together.
         TypeError: a dtype is none of float32, float64, bfloat16, float16, or they don't go together.
-        BackendError: the backend asked for by name can't be used.
+        BackendError: the backend asked for by name can't be used; Triton not for float64.
     """
     if x.ndim != 4:
         raise ValueError(f"x: expected [batch, time, heads, dim], got {tuple(x.shape)}")
@@ -75,8 +73,8 @@ def ssd(
         log_a.reshape(batch * time, heads),
         B.reshape(batch * time, groups, state),
         C.reshape(batch * time, groups, state),
-        x.new_empty(0) if D is None else D,
         initial_state.to(dtype),
+        D,
         offsets,
         chunk_size,
     )
@@ -141,55 +139,8 @@ def _check_parameter(name: str, tensor: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name}: expected {x.dtype} or torch.float32, got {tensor.dtype}")
 
 
-@torch.library.custom_op("mlreviews::ssd", mutates_args=())
-def _ssd(
-    x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, offsets: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    backend, choice = chosen(CORE, x.device)
-    run = implementation(CORE, backend).ssd
-    return *run(x, log_a, B, C, D, initial, offsets, chunk_size), choice
+def _results(given: Inputs) -> tuple[Tensor, Tensor]:
+    return given.x.new_empty(given.x.shape), given.initial.new_empty(given.initial.shape)
 
 
-@torch.library.custom_op("mlreviews::ssd_backward", mutates_args=())
-def _ssd_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    x: Tensor,
-    log_a: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    choice: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x, log_a, B, C, D, initial)
-    if backend_of(choice) == "reference":
-        found = gradients(partial(reference.ssd, offsets=offsets, chunk_size=chunk_size), inputs, (grad_y, grad_final))
-    else:
-        run = implementation(CORE, backend_of(choice)).ssd_backward
-        found = run(grad_y, grad_final, *inputs, offsets, chunk_size)
-    return found[0], found[1], found[2], found[3], found[4], found[5]
-
-
-@_ssd.register_fake
-def _(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), initial.new_empty(initial.shape), empty_choice()
-
-
-@_ssd_backward.register_fake
-def _(grad_y: Tensor, grad_final: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:6])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _differentiate(ctx: Any, grad_y: Tensor, grad_final: Tensor, _: object) -> tuple[Tensor | None, ...]:
-    return *_ssd_backward(grad_y, grad_final, *ctx.saved_tensors, ctx.chunk_size), None, None
-
-
-_ssd.register_autograd(_differentiate, setup_context=_save)
+register_scan(CORE, "ssd", Inputs, "int chunk_size", _results)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,127 +19,61 @@ from torch import Tensor
 from mlreviews_kernels.arguments import check_offsets
 from mlreviews_kernels.compiled import load, pointer
 from mlreviews_kernels.sequences import each
+from mlreviews_kernels.ssd.reference import Inputs
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 LONGEST = 64  # chunk of the compiled form: longer ones leave the cache
 
 
-def ssd(
-    x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, offsets: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+def ssd(given: Inputs, offsets: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    check_offsets(offsets, x.shape[0])
-    given = (x, log_a, B, C, D, initial, offsets, chunk_size)
-    if initial.dtype == torch.float32 and (library := load(SOURCE)) is not None:
-        return _compiled(library, *given)
-    return vectorised(*given)
+    bounds = check_offsets(offsets, given.x.shape[0])
+    x, log_a, B, C, initial, D = given.to(given.initial.dtype)
+    library = load(SOURCE) if initial.dtype == torch.float32 else None
+    if library is None:
+        forward = partial(_forward, chunk_size=chunk_size)
+        y, final = each(forward, (x, log_a, B, C), (initial,), bounds, outputs=1)
+        if D is not None:
+            y = y.addcmul_(x, D[:, None])
+    else:
+        y, final = torch.empty_like(x), torch.empty_like(initial)
+        arrays = (x, log_a, B, C, D, initial, offsets.contiguous(), y, final)
+        library.ssd(*map(pointer, arrays), *_sizes(initial, B, chunk_size))
+    return y.to(given.x.dtype), final
 
 
 def ssd_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    x: Tensor,
-    log_a: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of all inputs."""
-    given = (grad_y, grad_final, x, log_a, B, C, D, initial, offsets, chunk_size)
-    if initial.dtype == torch.float32 and (library := load(SOURCE)) is not None:
-        return _compiled_backward(library, *given)
-    return vectorised_backward(*given)
-
-
-def vectorised(
-    x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, offsets: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """The forward in PyTorch, on any device."""
-    wide = tuple(tensor.to(initial.dtype) for tensor in (x, log_a, B, C))
-
-    y, final = each(partial(_forward, chunk_size=chunk_size), wide, (initial,), offsets.tolist(), outputs=1)
-    if D.shape[0]:
-        y = y.addcmul_(wide[0], D.to(y.dtype)[:, None])
-    return y.to(x.dtype), final
-
-
-def vectorised_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    x: Tensor,
-    log_a: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """The backward in PyTorch, on any device."""
-    wide = tuple(tensor.to(initial.dtype) for tensor in (grad_y, x, log_a, B, C))
-
-    states = (grad_final.to(initial.dtype), initial)
-    *tokens, grad_initial = each(partial(_backward, chunk_size=chunk_size), wide, states, offsets.tolist(), outputs=4)
-    grad_D = torch.zeros_like(D)
-    if D.shape[0]:
-        grad_D = (wide[0] * wide[1]).sum((0, 2)).to(D.dtype)
-        tokens[0].addcmul_(wide[0], D.to(initial.dtype)[:, None])
-    inputs = (x, log_a, B, C)
-    found = (grad.to(tensor.dtype) for grad, tensor in zip(tokens, inputs, strict=True))
-    return *found, grad_D, grad_initial
-
-
-def _compiled(
-    library: ctypes.CDLL,
-    x: Tensor,
-    log_a: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    inputs = [tensor.float().contiguous() for tensor in (x, log_a, B, C, D, initial)]
-    y, final = torch.empty_like(inputs[0]), torch.empty_like(inputs[5])
-    arrays = (*_or_null(inputs), offsets.contiguous(), y, final)
-    library.ssd(*map(pointer, arrays), *_sizes(initial, B, chunk_size))
-    return y.to(x.dtype), final
+    grad_y: Tensor, grad_final: Tensor, given: Inputs, offsets: Tensor, chunk_size: int
+) -> list[Tensor | None]:
+    """Gradients of what is given."""
+    wide = given.to(given.initial.dtype)
+    grad_y, grad_final = (tensor.to(wide.x.dtype).contiguous() for tensor in (grad_y, grad_final))
+    library = load(SOURCE) if wide.x.dtype == torch.float32 else None
+    if library is not None:
+        found = _compiled_backward(library, grad_y, grad_final, wide, offsets, chunk_size)
+    else:
+        x, log_a, B, C, initial, D = wide
+        backward = partial(_backward, chunk_size=chunk_size)
+        tokens, states = (grad_y, x, log_a, B, C), (grad_final, initial)
+        found = *each(backward, tokens, states, offsets.tolist(), outputs=4), None
+        if D is not None:
+            found[0].addcmul_(grad_y, D[:, None])
+            found = *found[:5], (grad_y * x).sum((0, 2))
+    return [None if x is None else grad.to(x.dtype) for grad, x in zip(found, given, strict=True)]
 
 
 def _compiled_backward(
-    library: ctypes.CDLL,
-    grad_y: Tensor,
-    grad_final: Tensor,
-    x: Tensor,
-    log_a: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    given = (x, log_a, B, C, D, initial)
-    grad_y, grad_final, *inputs = (tensor.float().contiguous() for tensor in (grad_y, grad_final, *given))
+    library: ctypes.CDLL, grad_y: Tensor, grad_final: Tensor, given: Inputs, offsets: Tensor, chunk_size: int
+) -> tuple[Any, ...]:
+    x, log_a, B, C, initial, D = given
     sizes = _sizes(initial, B, chunk_size)
     library.ssd_blocks.restype = ctypes.c_int64
-    blocks = library.ssd_blocks(*sizes)
-    grads = [torch.empty_like(tensor) for tensor in inputs]
-    grads[2], grads[3] = torch.empty((2, blocks, *B.shape), dtype=torch.float32)
-    grads[4] = torch.empty((initial.shape[0], D.shape[0]), dtype=torch.float32)
-    arrays = (grad_y, grad_final, *_or_null(inputs), offsets.contiguous(), *grads)
-    library.ssd_backward(*map(pointer, arrays), *sizes)
-    grads[2:5] = [grad.sum(0) for grad in grads[2:5]]
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
-
-
-def _or_null(inputs: list[Tensor]) -> list[Tensor | None]:
-    """D, the one before the last, is a null pointer where there is none."""
-    return [*inputs[:4], inputs[4] if inputs[4].shape[0] else None, *inputs[5:]]
+    of_x, of_log_a, of_initial = (torch.empty_like(tensor) for tensor in (x, log_a, initial))
+    of_B, of_C = B.new_empty((2, library.ssd_blocks(*sizes), *B.shape))
+    of_D = None if D is None else D.new_empty((initial.shape[0], *D.shape))
+    inputs = (grad_y, grad_final, x, log_a, B, C, D, initial, offsets.contiguous())
+    library.ssd_backward(*map(pointer, (*inputs, of_x, of_log_a, of_B, of_C, of_D, of_initial)), *sizes)
+    return of_x, of_log_a, of_B.sum(0), of_C.sum(0), of_initial, None if of_D is None else of_D.sum(0)
 
 
 def _sizes(initial: Tensor, B: Tensor, chunk_size: int) -> tuple[ctypes.c_int64 | ctypes.c_int, ...]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlreviews_kernels.ssd import cpu
+from mlreviews_kernels.ssd.reference import Inputs
 from mlreviews_kernels.static import Launch
 
 LONGEST, SHORTEST = 64, 16  # steps of a chunk: the one or the other; tl.dot takes no fewer than 16
@@ -309,21 +309,16 @@ def _borders(
     return states, final
 
 
-def ssd(
-    x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor, offsets: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """The op's forward; shapes as in `reference`. In float64, which tensor cores don't have, in plain PyTorch."""
-    if initial.dtype == torch.float64:
-        return cpu.vectorised(x, log_a, B, C, D, initial, offsets, chunk_size)
-    x, B, C, initial = (tensor.contiguous() for tensor in (x, B, C, initial))
-    log_a = log_a.float().contiguous()
+def ssd(given: Inputs, offsets: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """The op's forward; shapes as in `reference`."""
+    x, log_a, B, C, initial, D = _contiguous(given)
     tokens, heads, dim = x.shape
     y = torch.empty_like(x)
     tiles = _tiles(chunk_size, x.dtype)
     chunks = _chunks(offsets, tokens, tiles.time)
     states, final = _borders(x, log_a, B, initial, chunks, tiles, reverse=False)
     output_kernel[(chunks.most * heads, triton.cdiv(dim, tiles.dim))](
-        x, log_a, B, C, _skip(D, heads), chunks.begins, chunks.ends, states, y, heads, B.shape[1], dim, B.shape[2],
+        x, log_a, B, C, D, chunks.begins, chunks.ends, states, y, heads, B.shape[1], dim, B.shape[2],
         PRECISION=_precision(), TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
@@ -331,23 +326,11 @@ def ssd(
 
 
 def ssd_backward(
-    grad_y: Tensor,
-    grad_final: Tensor,
-    x: Tensor,
-    log_a: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor,
-    offsets: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of all inputs."""
-    if initial.dtype == torch.float64:
-        return cpu.vectorised_backward(grad_y, grad_final, x, log_a, B, C, D, initial, offsets, chunk_size)
-    given = (x, log_a, B, C, D, initial)
-    grad_y, grad_final, x, B, C, initial = (t.contiguous() for t in (grad_y, grad_final, x, B, C, initial))
-    log_a = log_a.float().contiguous()
+    grad_y: Tensor, grad_final: Tensor, given: Inputs, offsets: Tensor, chunk_size: int
+) -> list[Tensor | None]:
+    """Gradients of what is given."""
+    x, log_a, B, C, initial, D = _contiguous(given)
+    grad_y, grad_final = grad_y.contiguous(), grad_final.contiguous()
     (tokens, heads, dim), (groups, state) = x.shape, B.shape[1:]
     tiles = _tiles(chunk_size, x.dtype)
     chunks = _chunks(offsets, tokens, tiles.time)
@@ -359,7 +342,7 @@ def ssd_backward(
     grad_D = torch.empty((chunks.most, heads, parts), dtype=torch.float32, device=x.device)
     grad_B, grad_C = torch.empty((2, splits, tokens, groups, state), dtype=torch.float32, device=x.device)
     grad_x_kernel[(chunks.most * heads, parts)](
-        grad_y, x, log_a, B, C, _skip(D, heads), chunks.begins, chunks.ends, states, grad_states,
+        grad_y, x, log_a, B, C, D, chunks.begins, chunks.ends, states, grad_states,
         grad_x, grad_log_a, grad_D, tokens, heads, groups, dim, state,
         PRECISION=_precision(), TIME=tiles.time, DIM=NARROW, STATE=NARROW,
         num_warps=_warps(tiles), num_stages=1,
@@ -371,13 +354,15 @@ def ssd_backward(
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
     log_a_grad = grad_log_a.sum(0).masked_fill_(torch.isneginf(log_a), 0.0)
-    D_grad = grad_D.sum((0, 2)) if D.shape[0] else torch.zeros_like(D)
-    grads = (grad_x, log_a_grad, grad_B.sum(0), grad_C.sum(0), D_grad, grad_initial)
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True))
+    grads = (grad_x, log_a_grad, grad_B.sum(0), grad_C.sum(0), grad_initial, grad_D.sum((0, 2)))
+    return [None if tensor is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)]
 
 
-def _skip(D: Tensor, heads: int) -> Tensor:
-    return D.float().contiguous() if D.shape[0] else D.new_zeros(heads, dtype=torch.float32)
+def _contiguous(given: Inputs) -> tuple[Tensor, ...]:
+    """Everything contiguous; log_a and D in float32, zeros where there is no D."""
+    x, log_a, B, C, initial, D = given
+    D = log_a.new_zeros(x.shape[1]) if D is None else D
+    return tuple(tensor.contiguous() for tensor in (x, log_a.float(), B, C, initial, D.float()))
 
 
 def launches() -> list[Launch]:
