@@ -58,7 +58,9 @@ Deviations:
     5. Clusters: each token goes to its nearest centroid. The Routing Transformer takes the best tokens of each
        centroid, where a later token can displace an earlier one. A token sees itself. With grouped heads, kv_heads
        count the shared queries and keys, and each mixes the values of heads / kv_heads heads.
-    6. Blocks are counted from a row's first token that isn't padding, and the caches keep all tokens.
+    6. Blocks are counted from a row's first token that isn't padding. The keys of its blocks are gathered for each
+       query: linear in the length, but a fused kernel would be quicker.
+    7. The caches of windows keep all tokens, so that they can be cropped.
 
 Reduces to:
     torch.nn.functional.scaled_dot_product_attention: with a window as long as the sequence; with as many blocks as
