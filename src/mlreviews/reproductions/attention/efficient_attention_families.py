@@ -3,7 +3,8 @@
 Three experiments. Time of one forward pass against the length, of the functions alone. Recall without training: pairs
 of a random key and value are read, then one key is asked for; this shows what the mechanism itself can hold. And
 models of equal size that learn Python's source code. Quick: recall of up to 256 pairs, models of one block at
-the beginning of their training, 3 seeds, half a minute. Full: up to 1,024 pairs, larger models that are trained longer, routing as well, 5 seeds, hours.
+the beginning of their training, 3 seeds, half a minute. Full: up to 1,024 pairs, larger models that are trained longer,
+routing as well, 5 seeds, hours.
 """
 
 from __future__ import annotations
