@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mlreviews_kernels import use_backend
 from mlreviews_kernels.adaptive_temperature_attention import adaptive_temperature_attention
@@ -225,7 +226,7 @@ class Compulsory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         if func.namespace == "mlreviews":
-            tensors = {id(x): x for x in (*args, *results) if isinstance(x, Tensor)}
+            tensors = {id(x): x for x in tree_leaves((args, results)) if isinstance(x, Tensor)}
             self.bytes.append(sum(x.numel() * x.element_size() for x in tensors.values()))
         return results
 
