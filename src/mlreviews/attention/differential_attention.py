@@ -29,7 +29,7 @@ Symbols:
     \lambda_{q1}, \lambda_{k1}, \lambda_{q2}, \lambda_{k2}: [d], learned.
 
 Defaults:
-    heads: those of the standard transformer to compare with, even; h is half of it (section 3.1).
+    heads: those of the standard transformer to compare with, even; h is half of it (authors' code).
     lambda vectors: drawn from N(0, 0.1^2) (authors' code).
     eps: 1e-5, of the RMSNorm (authors' code).
 

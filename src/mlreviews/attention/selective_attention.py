@@ -27,9 +27,9 @@ Symbols:
     tau: a token with F >= tau counts as forgotten.
 
 Defaults:
-    selector: 0, the head that selects (figure 2).
-    tau: 1 (section 5).
-    epsilon: 0.1, to be applied by the caller (section 5).
+    selector: 0, the head that selects (the paper's listing).
+    tau: 1 (the paper's memory loss).
+    epsilon: 0.1, to be applied by the caller (the paper's memory loss).
 
 Deviations:
     1. The first column of S is 0 in the paper because it holds BOS; here it is the first token, whatever it is, and in
