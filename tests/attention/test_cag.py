@@ -202,6 +202,7 @@ class TestGenerator:
             CacheAugmentedGenerator(model, [torch.ones(3)])
         with pytest.raises(ValueError, match="documents: expected at most 11 tokens, the window, got 0"):
             CacheAugmentedGenerator(model, DOCUMENTS, window=11)
+        CacheAugmentedGenerator(model, DOCUMENTS, window=READ)  # fits
         generator = CacheAugmentedGenerator(model, DOCUMENTS, window=18)
         assert len(generator.answer(QUERIES[:1], 3)[0]) == len(generator.generate(QUERIES[0], 3)) == 3
         with pytest.raises(ValueError, match=r"query: expected at most 18 tokens, .* got 18 in the cache, 1 new"):

@@ -210,7 +210,7 @@ def _work(rank: int, world: int) -> dict[str, Any]:
             out = model(ids[:, :5], mask=prompt_mask)
             cache = split_cache(out.cache)
             logits = [out.logits]
-            for piece in ids[:, 5:].split([1, 3, 1, 1], 1):  # tokens one by one and several at a time
+            for piece in ids[:, 5:].split([1, 2, 3], 1):  # tokens one by one and several at a time
                 out = model(piece, cache)
                 logits.append(out.logits)
                 cache = out.cache
