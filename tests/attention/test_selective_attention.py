@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -317,6 +318,16 @@ def test_half_precision_is_as_near_as_its_rounding() -> None:
         assert (y - exact).norm() < 3 * 2**-8 * exact.norm()
 
 
+def test_what_is_selected_is_summed_up_in_single_precision_at_least() -> None:
+    layer, x = SelectiveAttention(DIM, HEADS, budget=5, generator=_rng()), _x()
+    y, exact = layer(x.float())[0], copy.deepcopy(layer).double()(x)[0]
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        state = layer(x.float())[1]
+    assert state.kept.keys.dtype == torch.bfloat16
+    assert state.selection.dtype == torch.float32
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors_name_the_argument() -> None:
     for options, message in (
@@ -333,6 +344,10 @@ def test_errors_name_the_argument() -> None:
         _layer()(_x(), SelectiveAttention(DIM, HEADS, generator=_rng()).double()(_x())[1])
     with pytest.raises(ValueError, match="logits: expected no more queries than keys"):
         accumulated_selection(_random(1, 3, 2))
+    with pytest.raises(ValueError, match="F: expected no more queries than keys"):
+        keys_within_budget(_random(1, 3, 2), 2)
+    with pytest.raises(ValueError, match="budget: expected at least 2, got 1"):
+        keys_within_budget(_random(1, 2, 2), 1)
     with pytest.raises(ValueError, match="tau: expected more than 0"):
         memory_size(_random(1, 2, 2), tau=-1.0)
     with pytest.raises(ValueError, match="states: expected one"):

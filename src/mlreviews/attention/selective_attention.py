@@ -127,8 +127,14 @@ def keys_within_budget(
         F: [batch, q_time, k_time], for the last q_time tokens.
         budget: how many tokens the cache holds, 2 at least.
         mask: [batch, k_time], True for tokens that count: padding leaves the cache before anything else does.
+
+    Raises:
+        ValueError: budget is below 2, or there are more queries than keys.
     """
+    check_count("budget", budget, least=2)
     batch, queries, keys = F.shape
+    if queries > keys:
+        raise ValueError(f"F: expected no more queries than keys, got shape {tuple(F.shape)}")
     mask = F.new_ones(batch, keys, dtype=torch.bool) if mask is None else mask
     priority = F.masked_fill(~mask[:, None], torch.inf).masked_fill(_first(mask)[:, None], -torch.inf)
     held = torch.ones_like(mask)
