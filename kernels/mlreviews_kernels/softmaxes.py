@@ -30,6 +30,7 @@ __all__ = [
     "offsets_of_both",
     "vectorised",
     "vectorised_backward",
+    "without_autocast",
 ]
 
 ROWS = 128  # queries that the vectorised form takes at a time
@@ -123,6 +124,15 @@ def chosen_for(core: Core, q: Tensor, width: int, widest: int = WIDEST) -> tuple
             raise BackendError(f"{core.name}: the Triton kernels {choice.reason} can't be used: {what}")
         backend = "cpu"
     return backend, torch.tensor([BACKENDS.index(backend)], dtype=torch.int8)
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Inside, what is float32 is computed in float32, in every backend: the dtype of the inputs decides, nothing else.
+
+    Args:
+        tensor: one on the device that is computed on.
+    """
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlreviews_kernels.adaptive_temperature_attention import reference
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.softmaxes import check_layout, check_scale, flat_mask
+from mlreviews_kernels.softmaxes import check_layout, check_scale, flat_mask, without_autocast
 
 __all__ = ["COEFFICIENTS", "adaptive_temperature_attention"]
 
@@ -88,7 +88,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend, choice = chosen(CORE, q.device)
     run = implementation(CORE, backend).adaptive_temperature_attention
-    return *run(q, k, v, mask, causal, scale, coefficients, threshold), choice
+    with without_autocast(q):
+        return *run(q, k, v, mask, causal, scale, coefficients, threshold), choice
 
 
 @torch.library.custom_op("mlreviews::adaptive_temperature_attention_backward", mutates_args=())
@@ -112,11 +113,12 @@ def _attention_backward(
     options = (mask, causal, scale, coefficients, threshold)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_entropy = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy
-    if backend_of(choice) == "reference":
-        found = gradients(partial(_reference, options), (q, k, v), (grad_out, grad_entropy))
-    else:
-        run = implementation(CORE, backend_of(choice)).adaptive_temperature_attention_backward
-        found = run(grad_out, grad_entropy, q, k, v, out, entropy, lse, sharp, *options)
+    with without_autocast(q):
+        if backend_of(choice) == "reference":
+            found = gradients(partial(_reference, options), (q, k, v), (grad_out, grad_entropy))
+        else:
+            run = implementation(CORE, backend_of(choice)).adaptive_temperature_attention_backward
+            found = run(grad_out, grad_entropy, q, k, v, out, entropy, lse, sharp, *options)
     return found[0], found[1], found[2]
 
 

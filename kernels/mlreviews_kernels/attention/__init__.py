@@ -17,7 +17,14 @@ from mlreviews_kernels.arguments import check_floating, check_same, check_shape
 from mlreviews_kernels.attention import reference
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
-from mlreviews_kernels.softmaxes import check_layout, check_scale, chosen_for, flat_mask, offsets_of_both
+from mlreviews_kernels.softmaxes import (
+    check_layout,
+    check_scale,
+    chosen_for,
+    flat_mask,
+    offsets_of_both,
+    without_autocast,
+)
 
 __all__ = ["attention", "merge_attention"]
 
@@ -125,7 +132,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend, choice = chosen_for(CORE, q, max(q.shape[2], v.shape[2]))
     run = implementation(CORE, backend).attention
-    return *run(q, k, v, mask, q_offsets, k_offsets, causal, scale, window), choice
+    with without_autocast(q):
+        return *run(q, k, v, mask, q_offsets, k_offsets, causal, scale, window), choice
 
 
 @torch.library.custom_op("mlreviews::attention_backward", mutates_args=())
@@ -148,12 +156,13 @@ def _attention_backward(
     options = (mask, q_offsets, k_offsets, causal, scale, window)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    if backend_of(choice) == "reference":
-        function = partial(_reference, options)
-        found = gradients(function, (q, k, v), (grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse))
-    else:
-        run = implementation(CORE, backend_of(choice)).attention_backward
-        found = run(grad_out, grad_lse, q, k, v, out, lse, *options)
+    with without_autocast(q):
+        if backend_of(choice) == "reference":
+            grads = (grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse)
+            found = gradients(partial(_reference, options), (q, k, v), grads)
+        else:
+            run = implementation(CORE, backend_of(choice)).attention_backward
+            found = run(grad_out, grad_lse, q, k, v, out, lse, *options)
     return found[0], found[1], found[2]
 
 

@@ -23,6 +23,7 @@ from mlreviews_kernels.softmaxes import (
     chosen_for,
     flat_mask,
     offsets_of_both,
+    without_autocast,
 )
 
 __all__ = ["differential_attention"]
@@ -112,7 +113,8 @@ def _differential_attention(
     # v is twice as wide as q and k as a rule, and may be in the Triton kernels
     backend, choice = chosen_for(CORE, q1, max(2 * q1.shape[2], v.shape[2]), 2 * WIDEST)
     run = implementation(CORE, backend).differential_attention
-    return *run(q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, causal, scale), choice
+    with without_autocast(q1):
+        return *run(q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, causal, scale), choice
 
 
 @torch.library.custom_op("mlreviews::differential_attention_backward", mutates_args=())
@@ -133,11 +135,12 @@ def _differential_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, options = (q1, k1, q2, k2, v, lam), (mask, q_offsets, k_offsets, causal, scale)
-    if backend_of(choice) == "reference":
-        found = gradients(partial(_reference, options), inputs, (grad_out,))
-    else:
-        run = implementation(CORE, backend_of(choice)).differential_attention_backward
-        found = run(grad_out, *inputs, lse, *options)
+    with without_autocast(q1):
+        if backend_of(choice) == "reference":
+            found = gradients(partial(_reference, options), inputs, (grad_out,))
+        else:
+            run = implementation(CORE, backend_of(choice)).differential_attention_backward
+            found = run(grad_out, *inputs, lse, *options)
     return found[0], found[1], found[2], found[3], found[4], found[5]
 
 

@@ -17,7 +17,7 @@ from mlreviews_kernels.arguments import check_floating, check_same, check_shape
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
 from mlreviews_kernels.selective_attention import reference
-from mlreviews_kernels.softmaxes import chosen_for
+from mlreviews_kernels.softmaxes import chosen_for, without_autocast
 
 __all__ = ["selective_attention", "selective_attention_with_memory"]
 
@@ -161,7 +161,8 @@ def _selective_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend, choice = chosen_for(CORE, q, max(q.shape[3], v.shape[3]))
     run = implementation(CORE, backend).selective_attention
-    return *run(q, k, v, initial, mask, selector, scale, tau), choice
+    with without_autocast(q):
+        return *run(q, k, v, initial, mask, selector, scale, tau), choice
 
 
 @torch.library.custom_op("mlreviews::selective_attention_backward", mutates_args=())
@@ -188,10 +189,12 @@ def _selective_attention_backward(
             found = reference.selective_attention(q, k, v, initial, mask, selector, scale, tau)
             return found[0], found[2], found[3]
 
-        found = gradients(differentiable, inputs, grads)
+        with without_autocast(q):
+            found = gradients(differentiable, inputs, grads)
     else:
         run = implementation(CORE, backend_of(choice)).selective_attention_backward
-        found = run(*grads, *inputs, mask, out, lse, selector, scale, tau)
+        with without_autocast(q):
+            found = run(*grads, *inputs, mask, out, lse, selector, scale, tau)
     return found[0], found[1], found[2], found[3]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mlreviews_kernels.arguments import check_shape
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.softmaxes import check_layout, check_scale
+from mlreviews_kernels.softmaxes import check_layout, check_scale, without_autocast
 from mlreviews_kernels.tree_masked_attention import reference
 
 __all__ = ["ancestor_mask", "tree_masked_attention"]
@@ -137,7 +137,8 @@ def _attention(
         raise ValueError(f"cache_lengths: expected numbers from 0 to the context {context}, got {lengths.tolist()}")
     backend, choice = chosen(CORE, q.device)
     run = implementation(CORE, backend).tree_masked_attention
-    return *run(q, k, v, tree_mask, k_cache, v_cache, lengths, scale), choice
+    with without_autocast(q):
+        return *run(q, k, v, tree_mask, k_cache, v_cache, lengths, scale), choice
 
 
 @torch.library.custom_op("mlreviews::tree_masked_attention_backward", mutates_args=())
@@ -156,12 +157,13 @@ def _attention_backward(
     choice: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if backend_of(choice) == "reference":
-        function = partial(_reference, (tree_mask, lengths, scale))
-        found = gradients(function, (q, k, v, k_cache, v_cache), (grad_out, grad_lse))
-    else:
-        run = implementation(CORE, "cpu").tree_masked_attention_backward  # PyTorch on any device
-        found = run(grad_out, grad_lse, q, k, v, tree_mask, k_cache, v_cache, lengths, out, lse, scale)
+    with without_autocast(q):
+        if backend_of(choice) == "reference":
+            function = partial(_reference, (tree_mask, lengths, scale))
+            found = gradients(function, (q, k, v, k_cache, v_cache), (grad_out, grad_lse))
+        else:
+            run = implementation(CORE, "cpu").tree_masked_attention_backward  # PyTorch on any device
+            found = run(grad_out, grad_lse, q, k, v, tree_mask, k_cache, v_cache, lengths, out, lse, scale)
     return found[0], found[1], found[2], found[3], found[4]
 
 
