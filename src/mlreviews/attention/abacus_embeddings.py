@@ -27,8 +27,8 @@ Deviations:
     1. Each vector is drawn with variance 1 / dim, as `TinyLM` draws those of tokens; the authors' standalone module
        leaves it at 1.
     2. A place that the table has no row for is an error that says so.
-    3. Input injection, looped layers and the progressive loss of the paper's section 4.1 are left out: they are
-       changes of the model around the embedding.
+    3. Input injection, looped layers and the progressive loss (in the authors' code a random number of loops, with
+       gradients through the last of them) are left out: they are changes of the model around the embedding.
 
 Reduces to:
     learned-absolute-positions: one number that begins with the row, evaluated; row t + 1 of the table is added to
