@@ -2,10 +2,11 @@
 
 Resources come from ahead-of-time compilation: registers and bytes spilled a thread, shared memory a block, the matrix
 instruction. Bytes are counted by running the kernels in Triton's interpreter at a small shape with their real tiles:
-all that each program loads or stores, counting an address once a program ("moved"), against the compulsory minimum,
-every input read and every output written once. The roofline is that of an H100 (SXM: 3.35 TB/s; 989 TFLOP/s in bfloat16
-matrices, 67 TFLOP/s in float32) at the shape of the CPU benchmarks times 16 sequences, bfloat16, with as many times the
-compulsory bytes as were counted: a lower bound for the time, not a prediction.
+all that each program loads or stores, counting an address once a program ("moved") or once a kernel (what memory has to
+give when the second-level cache serves the programs that read the same), against the compulsory minimum, every input
+read and every output written once. The roofline is that of an H100 (SXM: 3.35 TB/s; 989 TFLOP/s in bfloat16 matrices,
+67 TFLOP/s in float32) at the shape of the CPU benchmarks times 16 sequences, bfloat16, with as many times the
+compulsory bytes as were counted once a kernel: a lower bound for the time, not a prediction.
 """
 
 from __future__ import annotations
@@ -232,51 +233,79 @@ class Compulsory(TorchDispatchMode):
 
 
 class Moved:
-    """Counts what kernels load and store in the interpreter: each address once a program."""
+    """Counts what kernels load and store in the interpreter: each address once a program, and once a kernel."""
 
     def __init__(self) -> None:
         self.program: object = None
-        self.loaded: dict[int, list[np.ndarray]] = {}
-        self.stored: dict[int, list[np.ndarray]] = {}
-        self.total = 0
+        # "loaded" or "stored", bytes of an element -> addresses
+        self.of_program: dict[tuple[str, int], list[np.ndarray]] = {}
+        self.of_kernel: dict[tuple[str, int], list[np.ndarray]] = {}
+        self.kernels: list[dict[str, Any]] = []
 
-    def note(self, seen: dict[int, list[np.ndarray]], program: object, addresses: np.ndarray, size: int) -> None:
+    def begin(self, kernel: str) -> None:
+        """A kernel is launched."""
+        self.close()
+        self.kernels.append({"kernel": kernel, "moved": 0, "once": 0})
+
+    def note(self, what: str, program: object, addresses: np.ndarray, size: int) -> None:
+        """A program loads or stores."""
         if program != self.program:
-            self.close()
+            self._close_program()
             self.program = program
-        seen.setdefault(size, []).append(addresses.ravel())
+        self.of_program.setdefault((what, size), []).append(addresses.ravel())
 
-    def close(self) -> int:
-        for seen in (self.loaded, self.stored):
-            self.total += sum(size * np.unique(np.concatenate(parts)).size for size, parts in seen.items())
-            seen.clear()
-        return self.total
+    def _close_program(self) -> None:
+        for (what, size), parts in self.of_program.items():
+            addresses = np.unique(np.concatenate(parts))
+            self.kernels[-1]["moved"] += size * addresses.size
+            self.of_kernel.setdefault((what, size), []).append(addresses)
+        self.of_program.clear()
+
+    def close(self) -> list[dict[str, Any]]:
+        """What the kernels since the last call of this have moved."""
+        self._close_program()
+        for (_, size), parts in self.of_kernel.items():
+            self.kernels[-1]["once"] += size * np.unique(np.concatenate(parts)).size
+        self.of_kernel.clear()
+        self.program = None
+        return self.kernels
+
+    def taken(self) -> list[dict[str, Any]]:
+        """The kernels so far, which are then forgotten."""
+        found, self.kernels = self.close(), []
+        return found
 
 
-def _count(name: str) -> dict[str, list[int]]:
-    """Bytes moved and compulsory, forward and backward, at the small shape; for a process that interprets."""
-    from triton.runtime.interpreter import InterpreterBuilder
+def _count(name: str) -> dict[str, list[Any]]:
+    """Bytes that each kernel moves and compulsory ones, forward and backward, at the small shape, interpreting."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     counter = Moved()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    launch = GridExecutor.__call__
+
+    def counting_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counter.begin(self.fn.__name__)
+        return launch(self, *args, **kwargs)
 
     def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         found = load(self, pointers, mask, *rest)
-        counter.note(counter.loaded, self.grid_idx, pointers.data[mask.data.astype(bool)], found.data.itemsize)
+        counter.note("loaded", self.grid_idx, pointers.data[mask.data.astype(bool)], found.data.itemsize)
         return found
 
     def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        counter.note(counter.stored, self.grid_idx, pointers.data[mask.data.astype(bool)], value.data.itemsize)
+        counter.note("stored", self.grid_idx, pointers.data[mask.data.astype(bool)], value.data.itemsize)
         return store(self, pointers, value, mask, *rest)
 
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counting_load, counting_store
+    GridExecutor.__call__ = counting_launch
     work = WORK[name]
     leaves = {key: value.requires_grad_() for key, value in work.make(*work.small).items()}
     with use_backend("triton"), Compulsory() as compulsory:
         out, _ = work.function(**leaves)
-        forward = counter.close()
+        forward = counter.taken()
         out.backward(torch.ones_like(out))
-        return {"moved": [forward, counter.close() - forward], "compulsory": compulsory.bytes}
+        return {"kernels": [forward, counter.taken()], "compulsory": compulsory.bytes}
 
 
 def _full_bytes(name: str) -> list[int]:
@@ -300,30 +329,37 @@ def traffic(names: list[str]) -> list[dict[str, Any]]:
     for name in track(names, "counting bytes", console=Console(stderr=True), transient=True):
         counted = _other_process({"TRITON_INTERPRET": "1"}, "--count", name)
         for i, direction in enumerate(("forward", "backward")):
-            if not counted["moved"][i]:
+            kernels, compulsory = counted["kernels"][i], counted["compulsory"][i]
+            if not kernels:
                 continue  # PyTorch does it
-            ratio = counted["moved"][i] / counted["compulsory"][i]
+            ratio, once = (sum(kernel[key] for kernel in kernels) / compulsory for key in ("moved", "once"))
             size, operations = _full_bytes(name)[i], WORK[name].operations[i]
-            times = {"memory": ratio * size / BANDWIDTH, "arithmetic": operations / WORK[name].rate}
+            times = {"memory": once * size / BANDWIDTH, "arithmetic": operations / WORK[name].rate}
             bound = max(times, key=lambda key: times[key])
             rows.append(
                 {
                     "core": name,
                     "direction": direction,
                     "moved / compulsory": round(ratio, 3),
+                    "once a kernel / compulsory": round(once, 3),
                     "compulsory MB": round(size / 1e6, 1),
                     "GFLOP": round(operations / 1e9, 2),
                     "roofline µs": round(times[bound] * 1e6, 1),
                     "bound by": bound,
+                    "kernels": {
+                        f"{place} {kernel['kernel']}": [round(kernel[key] / compulsory, 3) for key in ("moved", "once")]
+                        for place, kernel in enumerate(kernels, 1)
+                    },
                 }
             )
     return rows
 
 
 def _print(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], title=title)
+    columns = [key for key in rows[0] if key != "kernels"]
+    table = Table(*columns, title=title)
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(str(row[key]) for key in columns))
     Console().print(table)
 
 
@@ -332,6 +368,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="only sm_90, and nothing is written")
     options.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON record")
     options.add_argument("--count", choices=WORK, help=argparse.SUPPRESS)
+    options.add_argument("--traffic", action="store_true", help="count bytes alone; compile nothing")
     options.add_argument("cores", nargs="*", help="only these kernel cores")
     arguments = options.parse_args()
     if arguments.count:
@@ -341,19 +378,21 @@ def main() -> None:
     found: list[Resources] = []
     targets = ("sm_90",) if arguments.quick else TARGETS
     console = Console(stderr=True)
-    for resources in track(analyse(tuple(names), targets), "compiling", console=console, transient=True):
-        found.append(resources)
-    resources_rows = [dataclasses.asdict(resources) for resources in found]
-    _print("resources", resources_rows)
+    if not arguments.traffic:
+        found = list(track(analyse(tuple(names), targets), "compiling", console=console, transient=True))
+        _print("resources", [dataclasses.asdict(resources) for resources in found])
     traffic_rows = traffic(names)
     _print("bytes and roofline on an H100", traffic_rows)
-    spilling = [r for r in found if r.spilled]
-    print(f"{len(found)} compiled configurations, {len(spilling)} with spilled registers")
+    if found:
+        spilling = [r for r in found if r.spilled]
+        print(f"{len(found)} compiled configurations, {len(spilling)} with spilled registers")
     if not arguments.quick:
         path = arguments.out / "gpu_static.json"
         # the cores that were not asked for keep their rows
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        rows = {"resources": resources_rows, "traffic": traffic_rows}
+        rows = {"resources": [dataclasses.asdict(resources) for resources in found], "traffic": traffic_rows}
+        if arguments.traffic:
+            rows["resources"] = [row for row in before.get("resources", []) if row["core"] in names]
         for key, new in rows.items():
             rows[key] = [*(row for row in before.get(key, []) if row["core"] not in names), *new]
         record = {

@@ -115,12 +115,13 @@ def launches(core: Core) -> list[Launch]:
     return found
 
 
-def analyse(names: tuple[str, ...] = (), targets: tuple[str, ...] = TARGETS) -> Iterator[Resources]:
+def analyse(names: tuple[str, ...] = (), targets: tuple[str, ...] = TARGETS, *, every: int = 1) -> Iterator[Resources]:
     """Compiles every configuration for every chip.
 
     Args:
         names: of cores; all if empty.
         targets: of `TARGETS`.
+        every: for a sample, only each so-manieth of a core's `launches`, from the first on.
 
     Yields:
         One result a configuration and chip.
@@ -134,7 +135,7 @@ def analyse(names: tuple[str, ...] = (), targets: tuple[str, ...] = TARGETS) -> 
         raise RuntimeError("static analysis compiles kernels: run it in a process without TRITON_INTERPRET=1")
     for core in cores():
         if not names or core.name in names:
-            for launch in launches(core):
+            for launch in launches(core)[::every]:
                 for target in targets:
                     yield _compile(core.name, launch, target)
 

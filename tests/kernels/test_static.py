@@ -20,32 +20,34 @@ import dataclasses, json, sys, warnings
 warnings.filterwarnings("ignore")
 from mlreviews_kernels.static import analyse, launches
 from mlreviews_kernels.backends import cores
-core, target = sys.argv[1:]
-matmul = [launch.matmul for launch in launches(next(c for c in cores() if c.name == core))]
-found = [dataclasses.asdict(resources) for resources in analyse((core,), (target,))]
+core, target, every = *sys.argv[1:3], int(sys.argv[3])
+matmul = [launch.matmul for launch in launches(next(c for c in cores() if c.name == core))[::every]]
+found = [dataclasses.asdict(resources) for resources in analyse((core,), (target,), every=every)]
 print(json.dumps([found, matmul]))
 """
 
 
-def compiled(core: str, target: str) -> tuple[list[Resources], list[bool]]:
+def compiled(core: str, target: str, every: int) -> tuple[list[Resources], list[bool]]:
     """In a process of its own: in this one triton interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", CODE, core, target]
+    command = [sys.executable, "-c", CODE, core, target, str(every)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     found, matmul = json.loads(result.stdout)
     return [Resources(**fields) for fields in found], matmul
 
 
-# one chip by default; the others take as long again each
-chips = [pytest.param(target, marks=[pytest.mark.slow] * (target != "sm_90")) for target in TARGETS]
-targets = pytest.mark.parametrize("target", chips)
+# By default a third of the configurations for one chip; all of them take as long as all other tests together.
+CHIPS = [("sm_90", 3), *((target, 1) for target in TARGETS)]
+chips = pytest.mark.parametrize(
+    ("target", "every"), [pytest.param(*chip, marks=[pytest.mark.slow] * (chip[1] == 1)) for chip in CHIPS]
+)
 
 
-@targets
+@chips
 @pytest.mark.parametrize("core", CORES)
-def test_no_spills_and_within_the_chip(core: str, target: str) -> None:
-    found, matmul = compiled(core, target)
+def test_no_spills_and_within_the_chip(core: str, target: str, every: int) -> None:
+    found, matmul = compiled(core, target, every)
     assert len(found) == len(matmul) > 0
     for resources, uses_matrices in zip(found, matmul, strict=True):
         assert resources.spilled == 0, resources
