@@ -35,6 +35,7 @@ __all__ = [
 
 ROWS = 128  # queries that the vectorised form takes at a time
 WIDEST = 128  # heads of the Triton kernels; v is twice as wide where two softmaxes share it
+MANY = 256  # keys a sequence, up to which these copies cost less than a loop over sequences in Python
 FEW = 4  # queries a sequence that aren't worth the compiled form's copies of all keys and values
 
 
@@ -308,7 +309,8 @@ def vectorised_backward(
 def library_for(source: Path, q: Tensor, geometry: Geometry) -> ctypes.CDLL | None:
     """The compiled form where it serves: not in float64, and not for a few queries over many keys (decoding)."""
     sequences = len(geometry.q_offsets) - 1
-    if q.dtype == torch.float64 or q.device.type != "cpu" or q.shape[0] <= FEW * sequences:
+    decoding = q.shape[0] <= FEW * sequences and geometry.k_offsets[-1] > MANY * sequences
+    if q.dtype == torch.float64 or q.device.type != "cpu" or decoding:
         return None
     return load(source)
 
