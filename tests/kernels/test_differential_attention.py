@@ -16,12 +16,14 @@ from mlreviews_kernels import BackendError, softmaxes
 from mlreviews_kernels.attention import attention
 from mlreviews_kernels.differential_attention import differential_attention
 from tests.kernels.test_attention import (
+    CHECKS,
     LENGTHS,
     assert_close,
     dtype_of,
     every_backend,
     few,
     hostile_memory,
+    smallest,
     using,
     with_gradients,
 )
@@ -99,7 +101,7 @@ def test_is_the_difference_of_two_attentions(backend: str) -> None:
 
 @every_backend
 def test_reduces_to_attention_with_lambda_0(backend: str) -> None:
-    inputs = drawn(9, 11, **few(backend), dtype=torch.float32)
+    inputs = drawn(9, 11, **smallest(backend), dtype=torch.float32)
     with using(backend):
         out, *grads = run(inputs[:5], function=partial(_with_lambda, lam=0.0))
         found, *expected = with_gradients([inputs[0], inputs[1], inputs[4]], lambda *x: attention(*x)[0])
@@ -195,7 +197,7 @@ def test_threads_share_the_queries_of_a_head() -> None:
 @every_backend
 @pytest.mark.parametrize("shape", [(), (1,), None])
 def test_lambda_for_all_heads_or_for_each(backend: str, shape: tuple[int, ...] | None) -> None:
-    *inputs, each = drawn(7, 9, **few(backend), dtype=torch.float32)
+    *inputs, each = drawn(7, 9, **smallest(backend), dtype=torch.float32)
     lam = each if shape is None else torch.full(shape, 0.3)
     with using(backend):
         found = run([*inputs, lam])
@@ -248,7 +250,7 @@ def test_steps_equal_the_whole(backend: str) -> None:
     q1, k1, q2, k2, v, lam = drawn(9, 9, batch=1, **few(backend), dtype=torch.float32)
     with using(backend):
         out = differential_attention(q1, k1, q2, k2, v, lam)
-        for t in (0, 4, 8) if backend == "triton" else range(9):
+        for t in (0, 8) if backend == "triton" else range(9):
             now, past = slice(t, t + 1), slice(0, t + 1)
             one = differential_attention(q1[:, now], k1[:, past], q2[:, now], k2[:, past], v[:, past], lam)
             torch.testing.assert_close(one, out[:, now], rtol=0, atol=2e-6)
@@ -287,9 +289,9 @@ def test_lambda_may_be_float32_beside_bfloat16() -> None:
 
 @every_backend
 def test_memory_layout_does_not_matter(backend: str) -> None:
-    inputs = drawn(9, 11, **few(backend), dtype=torch.float32)
+    inputs = drawn(9, 11, **smallest(backend), dtype=torch.float32)
     wide = [torch.stack([x, x], -1).transpose(0, -2).contiguous().transpose(0, -2)[..., 0] for x in inputs]
-    cotangent = torch.randn(2, 7, 9, inputs[0].shape[2]).transpose(1, 3).transpose(1, 2)
+    cotangent = torch.randn(len(inputs[0]), 7, 9, inputs[0].shape[2]).transpose(1, 3).transpose(1, 2)
     found = []
     for values in (inputs, wide):
         leaves = [x.detach().requires_grad_() for x in values]
@@ -305,7 +307,8 @@ def test_op_is_registered_properly() -> None:
     tokens = [x.flatten(0, 1).requires_grad_() for x in tensors]
     mask, offsets = torch.rand(14) > 0.3, torch.arange(3)
     op: Callable[..., Any] = torch.ops.mlreviews.differential_attention
-    torch.library.opcheck(op, (*tokens, lam.requires_grad_(), mask, offsets * 5, offsets * 7, True, 0.3))
+    arguments = (*tokens, lam.requires_grad_(), mask, offsets * 5, offsets * 7, True, 0.3)
+    torch.library.opcheck(op, arguments, test_utils=CHECKS)
 
 
 def test_compiles_as_one_graph(unchecked: None) -> None:
