@@ -25,6 +25,7 @@ from mlreviews_kernels.softmaxes import WIDEST
 from mlreviews_kernels.static import Launch
 
 SIDE = 64  # queries or keys of a block in half precision; half as many in float32
+WAVEFRONTS = 4  # of two softmaxes on AMD: of 64 lanes each, and a lane has registers enough only with few of them
 
 
 @triton.jit
@@ -331,14 +332,16 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, double
     narrow = kernel is grad_kv_kernel if double else width == WIDEST and kernel in (forward_kernel, grad_kv_kernel)
     narrow = narrow or kernel is delta_kernel or (double and width == WIDEST and kernel is forward_kernel)
     step = max(16, SIDE // 4) if narrow or not half else SIDE // 2
-    if exact and double and kernel is grad_kv_kernel:
+    if double and kernel is grad_q_kernel and width == 64 and not (half or exact):
+        step = SIDE // 2  # with fewer keys ptxas stops at 128 registers, and spills
+    if double and kernel is grad_kv_kernel and not half and (exact or width == WIDEST):
         side = step
-    by_keys = kernel is grad_kv_kernel or (exact and kernel is delta_kernel)
+    by_keys = kernel is grad_kv_kernel or (not half and kernel is delta_kernel)
     sizes = {"ROWS": step, "KEYS": side} if by_keys else {"ROWS": side, "KEYS": step}
     constants = {**sizes, "DIM": width, "VALUE": 2 * width if double else width, "PRECISION": precision}
     if kernel is not delta_kernel:
         constants["DOUBLE"] = double
-    few = (kernel is forward_kernel and width == WIDEST) if exact else width == 32
+    few = (width == WIDEST and kernel is forward_kernel and not half) or (width == 32 and not exact)
     return {**constants, "num_warps": 4 if few and not double else 8, "num_stages": 1}
 
 
@@ -390,6 +393,8 @@ class _Call:
     def __call__(self, kernel: Any, **more: Tensor | None) -> None:
         """Runs a kernel for all of its blocks."""
         options = _options(kernel, *self.shape)
+        if torch.version.hip and self.double:
+            options["num_warps"] = WAVEFRONTS
         by_keys = kernel is grad_kv_kernel
         side, size = ("k", options["KEYS"]) if by_keys else ("q", options["ROWS"])
         tokens, heads = (self.keys, self.kv_heads) if by_keys else (self.queries, self.heads)
@@ -486,8 +491,8 @@ def launches(*, double: bool) -> list[Launch]:
                     integers=("q_offsets", "k_offsets", "sequences", "blocks"), bytes=("mask",),
                     scalars=("heads", "kv_heads", "dim", "value_dim", "window"), floats=("scale",),
                     absent=tuple(name for name in absent if name in kernel.arg_names),
-                    warps=warps, stages=stages, label=f"{width} {precision}" + (" masked" if mask else ""),
-                    matmul=dtype != torch.float32,
+                    warps=warps, wavefronts=WAVEFRONTS if double else warps, stages=stages,
+                    label=f"{width} {precision}" + (" masked" if mask else ""), matmul=dtype != torch.float32,
                 )
             )  # fmt: skip
     return found

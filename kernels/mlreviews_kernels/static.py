@@ -45,6 +45,7 @@ class Launch:
         floats: arguments that are float32 numbers.
         absent: pointer arguments that are None in this configuration.
         warps: warps of a block.
+        wavefronts: the same on AMD; as many as warps if 0.
         stages: of the software pipeline.
         label: what tells it from others of the same kernel and dtype.
         matmul: whether it must use the tensor cores (with half-precision inputs).
@@ -60,6 +61,7 @@ class Launch:
     floats: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     warps: int = 4
+    wavefronts: int = 0
     stages: int = 1
     label: str = ""
     matmul: bool = False
@@ -156,7 +158,8 @@ def _compile(core: str, launch: Launch, target: str) -> Resources:
         if kind.startswith("*") or name in launch.scalars
     }
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    warps = launch.warps if cuda else launch.wavefronts or launch.warps
+    options = {"num_warps": warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=chip, options=options)
     read = _read_cuda if cuda else _read_amd
     return Resources(core, launch.name, target, *read(compiled))
