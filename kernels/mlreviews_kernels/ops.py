@@ -96,7 +96,9 @@ def register_scan(
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         given = kind(*arguments[:number])
         backend, choice = chosen(core, given.initial.device, given.initial.dtype)
-        return *getattr(implementation(core, backend), name)(given, *arguments[number:]), choice
+        # the inputs' dtypes decide, in every backend: products of PyTorch would be autocast otherwise
+        with torch.autocast(given.initial.device.type, enabled=False):
+            return *getattr(implementation(core, backend), name)(given, *arguments[number:]), choice
 
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, ...]:
@@ -109,15 +111,18 @@ def register_scan(
         given, (kept, choice, *rest) = kind(*arguments[:number]), arguments[number:]
         backend = backend_of(choice)
         run = implementation(core, backend)
+        without_autocast = torch.autocast(given.initial.device.type, enabled=False)
         if backend != "reference":
-            found = getattr(run, f"{name}_backward")(*grads, given, *kept, *rest)
+            with without_autocast:
+                found = getattr(run, f"{name}_backward")(*grads, given, *kept, *rest)
             return [grad for grad in found if grad is not None]
         present = {field: tensor for field, tensor in given._asdict().items() if tensor is not None}
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             return getattr(run, name)(kind(**dict(zip(present, tensors, strict=True))), *rest)[:2]
 
-        return list(gradients(function, tuple(present.values()), grads))
+        with without_autocast:
+            return list(gradients(function, tuple(present.values()), grads))
 
     @backward.register_fake
     def _(grads: list[Tensor], *arguments: Any) -> list[Tensor]:

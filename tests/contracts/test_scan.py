@@ -26,7 +26,10 @@ from tests.kernels.scan_cases import Inputs, ScanCase
 
 MODULES = sorted(Path(__file__).parents[1].glob("kernels/test_*.py"))
 CASES: list[ScanCase] = [
-    case for path in MODULES for case in getattr(importlib.import_module(f"tests.kernels.{path.stem}"), "CASES", [])
+    case
+    for path in MODULES
+    for case in getattr(importlib.import_module(f"tests.kernels.{path.stem}"), "CASES", [])
+    if isinstance(case, ScanCase)
 ]
 FAST = ("compiled", "vectorised", "triton")
 BACKENDS = ("reference", *FAST)
@@ -396,3 +399,15 @@ def test_bad_arguments_are_named(case: ScanCase) -> None:
         run(case, two, cu_seqlens=torch.tensor([0, 7, 6]))
     with pytest.raises(TypeError, match="cu_seqlens: expected int32 or int64"):
         run(case, one, cu_seqlens=torch.tensor([0.0, 6.0]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled", "vectorised"])
+@every_case
+def test_autocast_changes_nothing(case: ScanCase, backend: str) -> None:
+    values = convert(inputs(case, 2, case.lengths[-1]), torch.float32)
+    with using(backend):
+        expected = with_gradients(case, values)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = with_gradients(case, values)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)

@@ -87,7 +87,7 @@ def test_what_triton_takes(dtype: torch.dtype, width: int, fits: bool, monkeypat
 def test_a_few_queries_over_a_cache_are_not_worth_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Path] = []
     monkeypatch.setattr(softmaxes, "load", loaded.append)
-    two = Geometry([0, 4, 8], [0, 9, 18], True, 0)
+    two = Geometry([0, 4, 8], [0, 9, 514], True, 0)
     q = torch.zeros(8, 1, 1)
     library_for(Path("cpu.cpp"), q, two)
     assert not loaded
@@ -96,3 +96,5 @@ def test_a_few_queries_over_a_cache_are_not_worth_compiled_code(monkeypatch: pyt
     assert not loaded
     library_for(Path("cpu.cpp"), torch.zeros(9, 1, 1), two)
     assert loaded == [Path("cpu.cpp")]
+    library_for(Path("cpu.cpp"), q, Geometry([0, 4, 8], [0, 9, 512], True, 0))  # few keys: a loop would cost more
+    assert len(loaded) == 2

@@ -31,8 +31,8 @@ Deviations:
        gradients through the last of them) are left out: they are changes of the model around the embedding.
 
 Reduces to:
-    learned-absolute-positions: one number that begins with the row, evaluated; row t + 1 of the table is added to
-        token t.
+    torch.nn.Embedding: learned absolute positions, for one number that begins with the row, evaluated; row t + 1 of the
+        table is added to token t.
 """
 
 from __future__ import annotations
@@ -167,11 +167,14 @@ class AbacusEmbedding(nn.Module):
             state = AbacusState(ids.new_empty(len(ids), 0, dtype=torch.int16), self._offset().to(ids.device))
         if len(state.positions) != len(ids):
             raise ValueError(f"state: expected a batch of {len(ids)}, as ids have, got {len(state.positions)}")
-        run = state.positions[:, -1].long() if state.length else None
+        run = state.positions[:, -1].long() if state.positions.shape[1] else None
         places = abacus_positions(ids, self.digit_ids, run)
         rows = torch.where(places > 0, places + state.offset, 0)
         # Shapes say that all is well until a text is as long as the table; only then are the numbers looked at.
-        if state.length + ids.shape[1] + self.max_offset >= self.max_length and int(rows.max()) >= self.max_length:
+        if (
+            state.positions.shape[1] + ids.shape[1] + self.max_offset >= self.max_length
+            and int(rows.max()) >= self.max_length
+        ):
             most, offset = self.max_length - 1 - int(state.offset), int(state.offset)
             raise ValueError(
                 f"ids: expected numbers of at most {most} digits (max_length {self.max_length}, offset {offset}), "

@@ -183,6 +183,14 @@ class AdaptiveTemperatureAttention(CausalAttention):
 
     Its weights are those of `mlreviews.models.CausalAttention`: a trained model's can be loaded. The polynomial of the
     paper, or one's own, is set by ``coefficients`` and ``entropy_threshold``, which are plain attributes.
+
+    Args:
+        d_model: size of a token's vector.
+        heads: of the queries; their size is d_model / heads.
+        kv_heads: of keys and values; `heads` is a multiple of it. None is `heads`.
+        layer: which block of a model this is.
+        rope_base: of the rotary embedding; None leaves positions out.
+        generator: draws the weights; None is the global one.
     """
 
     coefficients: Sequence[float] = COEFFICIENTS

@@ -131,7 +131,13 @@ def attention_distill_mse(
     teacher: Float[Tensor, "batch heads queries keys"],
     mask: Bool[Tensor, "batch keys"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean squared difference of the attention weights, over the keys that a query sees; else as above."""
+    """The mean squared difference of the attention weights, over the keys that a query sees.
+
+    Args:
+        student: [batch, heads, queries, keys], scores before mask and softmax.
+        teacher: likewise; gradients flow into it unless it is detached.
+        mask: [batch, keys], False at padding; the last query is at the last key's place.
+    """
     seen = _seen(student, mask).expand(len(student), -1, -1, -1)
     difference = attention_weights(student, mask) - attention_weights(teacher, mask)
     return difference.square().sum() / (seen.sum() * student.shape[1])

@@ -81,7 +81,7 @@ class ChunkMemory(NamedTuple):
     def empty(cls, embedding: Tensor, keys: Tensor, values: Tensor) -> ChunkMemory:
         """A memory without chunks, for such as the given one: arguments as of `add`."""
         batch = keys.shape[0]
-        none = [x.detach()[:, None][:, :0] for x in (embedding, keys, values)]
+        none = [x.new_zeros((batch, 0, *x.shape[1:])) for x in (embedding, keys, values)]
         mask = keys.new_zeros((batch, 0, keys.shape[1]), dtype=torch.bool)
         return cls(none[0], none[1], none[2], mask, keys.new_zeros((batch, 0), dtype=torch.int64))
 
