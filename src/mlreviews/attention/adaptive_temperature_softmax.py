@@ -49,7 +49,6 @@ from mlreviews.models.attention import CausalAttention, KVCache
 from mlreviews_kernels.adaptive_temperature_attention import COEFFICIENTS, adaptive_temperature_attention
 
 __all__ = [
-    "COEFFICIENTS",
     "AdaptiveTemperatureAttention",
     "adaptive_softmax",
     "dispersion_bounds",

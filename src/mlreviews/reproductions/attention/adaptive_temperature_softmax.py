@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mlreviews.attention.adaptive_temperature_softmax import (
-    COEFFICIENTS,
     AdaptiveTemperatureAttention,
     adaptive_softmax,
     fit_temperature_polynomial,
@@ -30,6 +29,7 @@ from mlreviews.models import TinyLM, TinyLMConfig
 from mlreviews.reproductions.figures import panels
 from mlreviews.reproductions.protocol import Claim, Outcome, Settings, measure
 from mlreviews.reproductions.training import bits_per_byte, next_token_loss, training
+from mlreviews_kernels.adaptive_temperature_attention import COEFFICIENTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
