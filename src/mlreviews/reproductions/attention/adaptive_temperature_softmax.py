@@ -4,7 +4,7 @@ A head of attention learns to name the class of the item with the highest priori
 then asked about sets of up to 16,384. The softmax is exchanged afterwards: for the paper's adaptive one, and for one
 with a polynomial that is fitted to this model on sets that it gets wrong. On text, language models trained on pieces
 of 128 bytes read pieces of 512.
-Quick: 5 seeds, 600 updates on 128 sets, tested on 256 sets of each size; 3 language models, 100 updates. Half a minute.
+Quick: 5 seeds, 600 updates on 128 sets, tested on 256 sets of each size; 3 language models, 100 updates. A minute.
 Full: 10,000 updates, 1,024 sets; 1,500 updates of the language models. About half an hour.
 """
 

@@ -4,7 +4,7 @@ The identities are computed in float64. Then encoders with two blocks learn hand
 pixels each: FFTNet, the same with a fixed filter, none at all (the mean over tokens at the end is all that mixes), and
 attention. On text, the causal relative takes the place of attention in a small language model. Times are those of one
 layer forward; they depend on the machine, which must be idle.
-Quick: 150 updates of 64 images, 5 seeds; 100 updates on 8 x 128 bytes, 3 seeds; lengths to 4,096. Half a minute.
+Quick: 150 updates of 64 images, 5 seeds; 100 updates on 8 x 128 bytes, 3 seeds; lengths to 4,096. Two minutes.
 Full: 1,500 updates; 1,500 updates on 16 x 256 bytes; lengths to 16,384. About half an hour.
 """
 
