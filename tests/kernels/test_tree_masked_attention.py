@@ -4,7 +4,6 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mlreviews_kernels import use_backend
+from mlreviews_kernels import softmaxes, use_backend
 from mlreviews_kernels.attention import attention, merge_attention
-from mlreviews_kernels.backends import BackendError
+from mlreviews_kernels.backends import BackendError, Choice
 from mlreviews_kernels.compiled import without_compiled_code
 from mlreviews_kernels.tree_masked_attention import ancestor_mask, cpu, tree_masked_attention
 
@@ -395,11 +394,11 @@ def test_what_triton_cannot_do_is_refused_when_asked_for(
     change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = drawn(3, 6, **{"dtype": torch.float32, **change})
-    message = "float32" if values["q"].dtype == torch.float64 else "at most 128, got 129"
+    message = "float64" if values["q"].dtype == torch.float64 else "129 wide"
     with using("triton"), pytest.raises(BackendError, match=f"tree_masked_attention: .*{message}"):
         tree_masked_attention(**values)
     # chosen by itself, on a GPU, PyTorch does it
-    monkeypatch.setattr(gpu, "select", lambda core, device: SimpleNamespace(reason=""))
+    monkeypatch.setattr(softmaxes, "select", lambda *_: Choice("triton", "the default on a GPU"))
     with using("triton"):
         found = with_gradients(values)
     with using("reference"):

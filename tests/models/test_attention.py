@@ -161,7 +161,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="x_t: expected"):
         layer.step(x)
     for mask in (torch.ones(BATCH, 3, dtype=torch.bool), torch.ones(BATCH, TIME)):
-        with pytest.raises(ValueError, match="mask: expected bool"):
+        with pytest.raises(ValueError, match=r"mask: expected \[2, 7\], as x has, of bool"):
             layer(x, mask=mask)
     with pytest.raises(ValueError, match="state: expected a cache of keys"):
         layer(x[:1], layer(x)[1])

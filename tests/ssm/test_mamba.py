@@ -131,7 +131,7 @@ class TestMambaBlock:
             block.step(x)
         with pytest.raises(ValueError, match="x: expected"):
             block.step(x[:, 0, :5], block(x)[1])
-        with pytest.raises(ValueError, match=r"mask: expected \[2, 9\], as x has, got shape \(2, 8\)"):
+        with pytest.raises(ValueError, match=r"mask: expected \[2, 9\], as x has, of bool, got shape \(2, 8\)"):
             block(x, mask=torch.ones(2, 8, dtype=torch.bool))
         with pytest.raises(ValueError, match="window: expected"):
             block(x, MambaState(x, x))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mlreviews_kernels.adaptive_temperature_attention import reference
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.softmaxes import check_layout, check_scale, flat_mask, without_autocast
+from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
+from mlreviews_kernels.softmaxes import check_layout, check_scale, chosen_for, flat_mask, without_autocast
 
 __all__ = ["COEFFICIENTS", "adaptive_temperature_attention"]
 
@@ -86,7 +86,7 @@ def _attention(
     coefficients: Sequence[float],
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend, choice = chosen(CORE, q.device)
+    backend, choice = chosen_for(CORE, q, max(q.shape[3], v.shape[3]))
     run = implementation(CORE, backend).adaptive_temperature_attention
     with without_autocast(q):
         return *run(q, k, v, mask, causal, scale, coefficients, threshold), choice

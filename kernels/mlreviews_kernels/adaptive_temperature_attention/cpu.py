@@ -72,7 +72,7 @@ def adaptive_temperature_attention_backward(
 
 
 def _library(q: Tensor) -> ctypes.CDLL | None:
-    return None if q.dtype == torch.float64 or q.shape[1] <= FEW else load(SOURCE)
+    return None if q.dtype == torch.float64 or q.device.type != "cpu" or q.shape[1] <= FEW else load(SOURCE)
 
 
 class _Inputs:

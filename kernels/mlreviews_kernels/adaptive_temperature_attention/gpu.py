@@ -12,7 +12,6 @@ are exact unless `torch.set_float32_matmul_precision` asks for less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlreviews_kernels.adaptive_temperature_attention import cpu
 from mlreviews_kernels.adaptive_temperature_attention.reference import inverse_temperature
-from mlreviews_kernels.backends import BackendError, Core, select
 from mlreviews_kernels.static import Launch
 
 SIDE = 64  # queries or keys of a block in half precision; half as many in float32
@@ -253,14 +250,6 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int) -> dic
     return {**sizes, "DIM": width, "PRECISION": precision, "num_warps": 4 if few else 8, "num_stages": 1}
 
 
-def unsupported(q: Tensor, v: Tensor) -> str | None:
-    """Why there is no kernel for these; None where there is one."""
-    if q.dtype == torch.float64:
-        return "the Triton kernels compute in float32"
-    wide = max(q.shape[3], v.shape[3])
-    return f"the Triton kernels have heads of at most {WIDTHS[-1]}, got {wide}" if wide > WIDTHS[-1] else None
-
-
 class _Call:
     """What all kernels of one call share."""
 
@@ -298,16 +287,7 @@ def adaptive_temperature_attention(
     coefficients: Sequence[float],
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op's forward; shapes as in `reference`. Without a kernel it runs in PyTorch, unless Triton is asked for.
-
-    Raises:
-        BackendError: Triton was asked for by name, and there is no kernel for these inputs.
-    """
-    if problem := unsupported(q, v):
-        core = Core.read(Path(__file__).parent)
-        if select(core, q.device).reason.startswith("asked for"):
-            raise BackendError(f'{core.name}: {problem}; use_backend("reference") has no such limit')
-        return cpu.vectorised(q, k, v, mask, causal, scale, coefficients, threshold)
+    """The op's forward; shapes as in `reference`."""
     call = _Call(q, k, v, mask, causal, scale)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     entropy, lse, sharp = (
@@ -336,9 +316,6 @@ def adaptive_temperature_attention_backward(
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    if unsupported(q, v):
-        options = (mask, causal, scale, coefficients, threshold)
-        return cpu.vectorised_backward(grad_out, grad_entropy, q, k, v, entropy, lse, sharp, *options)
     call = _Call(q, k, v, mask, causal, scale)
     beta, slope = inverse_temperature(entropy, coefficients, threshold)
     delta = (grad_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()

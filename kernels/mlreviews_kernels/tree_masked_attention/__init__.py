@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mlreviews_kernels.arguments import check_shape
 from mlreviews_kernels.backends import Core
-from mlreviews_kernels.ops import backend_of, chosen, empty_choice, gradients, implementation
-from mlreviews_kernels.softmaxes import check_layout, check_scale, without_autocast
+from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
+from mlreviews_kernels.softmaxes import check_layout, check_scale, chosen_for, without_autocast
 from mlreviews_kernels.tree_masked_attention import reference
 
 __all__ = ["ancestor_mask", "tree_masked_attention"]
@@ -135,7 +135,7 @@ def _attention(
     context = k_cache.shape[1]
     if lengths.device.type == "cpu" and not bool(((lengths >= 0) & (lengths <= context)).all()):
         raise ValueError(f"cache_lengths: expected numbers from 0 to the context {context}, got {lengths.tolist()}")
-    backend, choice = chosen(CORE, q.device)
+    backend, choice = chosen_for(CORE, q, max(q.shape[3], v.shape[3]))
     run = implementation(CORE, backend).tree_masked_attention
     with without_autocast(q):
         return *run(q, k, v, tree_mask, k_cache, v_cache, lengths, scale), choice

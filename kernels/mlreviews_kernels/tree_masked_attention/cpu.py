@@ -28,7 +28,7 @@ def tree_masked_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
-    library = None if q.dtype == torch.float64 else load(SOURCE)
+    library = None if q.dtype == torch.float64 or q.device.type != "cpu" else load(SOURCE)
     if library is None:
         return vectorised(q, k, v, tree_mask, k_cache, v_cache, lengths, scale)
     (batch, tree, heads, dim), (kv_heads, value_dim) = q.shape, v.shape[2:]

@@ -10,7 +10,6 @@ backward is that of ``cpu.py``, in PyTorch. In float32 products are exact unless
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlreviews_kernels.backends import BackendError, Core, select
 from mlreviews_kernels.static import Launch
-from mlreviews_kernels.tree_masked_attention import cpu
 
 ROWS = (16, 32, 64)  # of a program
 SIDE = 64  # keys of a tile in half precision; half as many in float32
@@ -149,14 +146,6 @@ def _options(dtype: torch.dtype, precision: str, rows: int, width: int) -> dict[
     return {**sizes, "num_warps": 8 if many else 4, "num_stages": 2}
 
 
-def unsupported(q: Tensor, v: Tensor) -> str | None:
-    """Why there is no kernel for these; None where there is one."""
-    if q.dtype == torch.float64:
-        return "the Triton kernels compute in float32"
-    wide = max(q.shape[3], v.shape[3])
-    return f"the Triton kernels have heads of at most {WIDTHS[-1]}, got {wide}" if wide > WIDTHS[-1] else None
-
-
 def tree_masked_attention(
     q: Tensor,
     k: Tensor,
@@ -167,16 +156,7 @@ def tree_masked_attention(
     lengths: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The op's forward; shapes as in `reference`. Without a kernel it runs in PyTorch, unless Triton is asked for.
-
-    Raises:
-        BackendError: Triton was asked for by name, and there is no kernel for these inputs.
-    """
-    if problem := unsupported(q, v):
-        core = Core.read(Path(__file__).parent)
-        if select(core, q.device).reason.startswith("asked for"):
-            raise BackendError(f'{core.name}: {problem}; use_backend("reference") has no such limit')
-        return cpu.vectorised(q, k, v, tree_mask, k_cache, v_cache, lengths, scale)
+    """The op's forward; shapes as in `reference`."""
     (batch, tree, heads, dim), (context, kv_heads, value_dim) = q.shape, v_cache.shape[1:]
     out = q.new_empty((batch, tree, heads, value_dim))
     lse = torch.empty((batch, heads, tree), dtype=torch.float32, device=q.device)

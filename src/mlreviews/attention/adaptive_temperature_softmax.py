@@ -46,7 +46,7 @@ from torch import Tensor
 
 from mlreviews.common.checks import check_count, check_number, check_same_length
 from mlreviews.models.attention import CausalAttention, KVCache
-from mlreviews_kernels.adaptive_temperature_attention import COEFFICIENTS, adaptive_temperature_attention
+from mlreviews_kernels.adaptive_temperature_attention import COEFFICIENTS, adaptive_temperature_attention, reference
 
 __all__ = [
     "AdaptiveTemperatureAttention",
@@ -92,10 +92,7 @@ def inverse_temperature(
     """
     if not coefficients:
         raise ValueError("coefficients: expected at least one, got none")
-    value = torch.zeros_like(entropy, dtype=torch.float64)  # large powers cancel
-    for coefficient in coefficients:
-        value = value * entropy + coefficient
-    return torch.where(entropy > entropy_threshold, value.clamp(min=1.0), 1.0).to(entropy.dtype)
+    return reference.inverse_temperature(entropy, coefficients, entropy_threshold)[0]
 
 
 def adaptive_softmax(

@@ -76,9 +76,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count, check_number, check_probability
+from mlreviews.common.checks import check_count, check_number, check_probability, check_sequence
 from mlreviews.common.layers import linear
-from mlreviews.models.attention import CausalAttention, KVCache, check_layer_input
+from mlreviews.models.attention import CausalAttention, KVCache
 from mlreviews.models.recurrent_attention import (
     FixedState,
     RecurrentAttention,
@@ -332,7 +332,7 @@ class LinformerAttention(nn.Module):
         Raises:
             ValueError: x has another shape, or is longer.
         """
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         time = x.shape[1]
         if time > self.E.shape[1]:
             raise ValueError(f"x: expected at most {self.E.shape[1]} tokens, got {time}")
@@ -891,7 +891,7 @@ class RoutingAttention(CausalAttention):
         positions: Int[Tensor, "*batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], ClusterCache]:
         """Arguments, results and errors as of `CausalAttention.forward`; the state is a `ClusterCache`."""
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         shared, v = (proj(x).unflatten(2, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         shared = self.head_dim**0.5 * nn.functional.normalize(shared, dim=3)
         scores = cluster_scores(shared, self.centroids)

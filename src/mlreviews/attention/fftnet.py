@@ -51,9 +51,8 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count
+from mlreviews.common.checks import check_count, check_sequence
 from mlreviews.common.layers import linear
-from mlreviews.models.attention import check_layer_input
 
 __all__ = ["CausalFFTMixer", "FFTMixerState", "FFTNetMixer", "causal_fft_conv", "modrelu", "spectral_filter"]
 
@@ -137,7 +136,7 @@ class FFTNetMixer(nn.Module):
         Raises:
             ValueError: another shape, or another number of tokens.
         """
-        check_layer_input(x, self.d_model)
+        check_sequence(x, self.d_model)
         if x.shape[1] != self.seq_len:
             raise ValueError(f"x: expected {self.seq_len} tokens, as seq_len says, got {x.shape[1]}")
         weight = self.base_filter
@@ -255,7 +254,7 @@ class CausalFFTMixer(nn.Module):
         Raises:
             ValueError: x, mask or state has another shape.
         """
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
         inputs, new = x.masked_fill(~real[..., None], 0.0), x.shape[1]
         if state is not None:

@@ -55,8 +55,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count, check_matrix, check_probability, check_same_length
-from mlreviews.models.attention import CausalAttention, KVCache, check_layer_input
+from mlreviews.common.checks import check_count, check_matrix, check_probability, check_same_length, check_sequence
+from mlreviews.models.attention import CausalAttention, KVCache
 from mlreviews.models.recurrent_attention import repeated
 from mlreviews_kernels.attention import attention
 
@@ -345,7 +345,7 @@ class MultiHopAttention(CausalAttention):
         positions: Int[Tensor, "*batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], MultiHopCache]:
         """Arguments, results and errors as of `CausalAttention.forward`; the state is a `MultiHopCache`."""
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         q, k, v = self.project(x, 0 if state is None else state.length, positions)
         cache = KVCache(k, v, mask) if state is None else state.cache.append(k, v, mask)
         past = None if state is None else state.outputs

@@ -61,11 +61,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count
+from mlreviews.common.checks import check_count, check_sequence
 from mlreviews.common.layers import linear
 from mlreviews.common.rotary import apply_rotary
 from mlreviews.models import CausalAttention, KVCache, TinyLM
-from mlreviews.models.attention import check_layer_input
 
 __all__ = [
     "AlignHeads",
@@ -280,7 +279,7 @@ class LiSAAttention(nn.Module):
         Raises:
             ValueError: x, mask, cache or carried has another shape, or carried is missing.
         """
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         held = 0 if cache is None else cache.length
         q, k, v = self.project(x, held, positions)
         cache = KVCache(k, v, mask) if cache is None else cache.append(k, v, mask)

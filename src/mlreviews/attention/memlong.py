@@ -53,8 +53,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count
-from mlreviews.models.attention import CausalAttention, check_layer_input
+from mlreviews.common.checks import check_count, check_sequence
+from mlreviews.models.attention import CausalAttention
 from mlreviews_kernels.attention import attention, merge_attention
 
 __all__ = ["ChunkMemory", "MemLongAttention", "MemLongState", "freeze_below", "retrieval_attention"]
@@ -296,7 +296,7 @@ class MemLongAttention(CausalAttention):
         Raises:
             ValueError: x, mask or state has another shape.
         """
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         q = self.q_proj(x).unflatten(2, (self.heads, -1))
         k, v = (proj(x).unflatten(2, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask

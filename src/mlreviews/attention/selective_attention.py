@@ -51,8 +51,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count, check_number
-from mlreviews.models.attention import CausalAttention, KVCache, check_layer_input
+from mlreviews.common.checks import check_count, check_number, check_sequence
+from mlreviews.models.attention import CausalAttention, KVCache
 from mlreviews_kernels.selective_attention import selective_attention_with_memory
 
 __all__ = [
@@ -253,7 +253,7 @@ class SelectiveAttention(CausalAttention):
         Raises:
             ValueError: x, mask or state has another shape.
         """
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         q, k, v = self.project(x, 0 if state is None else state.length, positions)
         outs = []
         # As long as nobody leaves, all queries are one block.

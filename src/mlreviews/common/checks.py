@@ -14,6 +14,7 @@ __all__ = [
     "check_number",
     "check_probability",
     "check_same_length",
+    "check_sequence",
 ]
 
 
@@ -77,3 +78,12 @@ def check_probability(name: str, value: float) -> None:
     """Raises ValueError unless the value lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+
+
+def check_sequence(x: Tensor, d_model: int, mask: Tensor | None = None, name: str = "x") -> None:
+    """Raises ValueError unless x is [batch, time, d_model] with no empty axis, and the mask [batch, time] of bool."""
+    if x.ndim != 3 or x.shape[2] != d_model or x.numel() == 0:
+        raise ValueError(f"{name}: expected [batch, time, {d_model}] with no empty axis, got shape {tuple(x.shape)}")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        wanted = f"{list(x.shape[:2])}, as {name} has, of bool"
+        raise ValueError(f"mask: expected {wanted}, got shape {tuple(mask.shape)} of {mask.dtype}")

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count
+from mlreviews.common.checks import check_count, check_sequence
 from mlreviews.common.layers import linear
 from mlreviews.common.rotary import apply_rotary, rotary_angles
 from mlreviews_kernels.attention import attention
@@ -171,7 +171,7 @@ class CausalAttention(nn.Module):
         Raises:
             ValueError: x, mask or state has another shape.
         """
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         q, k, v = self.project(x, 0 if state is None else state.length, positions)
         cache = KVCache(k, v, mask) if state is None else state.append(k, v, mask)
         return self.o_proj(self.mix(q, cache).flatten(2)), cache
@@ -209,11 +209,3 @@ class CausalAttention(nn.Module):
     def extra_repr(self) -> str:
         """Sizes."""
         return f"d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}, layer={self.layer}"
-
-
-def check_layer_input(x: Tensor, d_model: int, mask: Tensor | None = None) -> None:
-    """Raises ValueError unless x is [batch, time, d_model] without an empty axis, and the mask [batch, time]."""
-    if x.ndim != 3 or x.shape[2] != d_model or x.numel() == 0:
-        raise ValueError(f"x: expected [batch, time, {d_model}] with no empty axis, got shape {tuple(x.shape)}")
-    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(f"mask: expected bool {list(x.shape[:2])}, as x has, got {mask.dtype} {list(mask.shape)}")

@@ -19,7 +19,8 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mlreviews.models.attention import CausalAttention, check_layer_input
+from mlreviews.common.checks import check_sequence
+from mlreviews.models.attention import CausalAttention
 
 __all__ = ["FixedState", "RecurrentAttention", "Rotate", "Tokens", "check_heads", "hidden", "repeated"]
 
@@ -84,7 +85,7 @@ class RecurrentAttention(CausalAttention):
         positions: Int[Tensor, "*batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], FixedState]:
         """Arguments, results and errors as of `CausalAttention.forward`; the state is a `FixedState`."""
-        check_layer_input(x, self.d_model, mask)
+        check_sequence(x, self.d_model, mask)
         start = 0 if state is None else state.length
         q = self.q_proj(x).unflatten(2, (self.heads, -1))
         k, v = (proj(x).unflatten(2, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))

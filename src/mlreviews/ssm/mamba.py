@@ -58,7 +58,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count
+from mlreviews.common.checks import check_count, check_sequence
 from mlreviews.common.layers import causal_conv1d, depthwise_conv1d, linear
 from mlreviews_kernels.selective_scan import selective_scan, selective_scan_step
 
@@ -278,11 +278,3 @@ class MambaBlock(SelectiveSSM):
 def without(x: Tensor, mask: Tensor | None) -> Tensor:
     """Zeros where the mask is False: what is neither in the window nor in the state has no effect later."""
     return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
-
-
-def check_sequence(x: Tensor, d_model: int, mask: Tensor | None = None, name: str = "x") -> None:
-    """Raises ValueError unless x is [batch, time, d_model] without an empty axis, and the mask [batch, time]."""
-    if x.ndim != 3 or x.shape[2] != d_model or x.numel() == 0:
-        raise ValueError(f"{name}: expected [batch, time, {d_model}] with no empty axis, got shape {tuple(x.shape)}")
-    if mask is not None and mask.shape != x.shape[:2]:
-        raise ValueError(f"mask: expected {list(x.shape[:2])}, as {name} has, got shape {tuple(mask.shape)}")

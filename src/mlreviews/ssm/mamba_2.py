@@ -57,9 +57,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count
+from mlreviews.common.checks import check_count, check_sequence
 from mlreviews.common.layers import causal_conv1d, depthwise_conv1d, linear
-from mlreviews.ssm.mamba import MambaState, check_sequence, initial_dt_bias, without
+from mlreviews.ssm.mamba import MambaState, initial_dt_bias, without
 from mlreviews_kernels.ssd import ssd, ssd_step
 
 __all__ = ["GatedRMSNorm", "Mamba2Block", "segsum", "ssd_matrix"]

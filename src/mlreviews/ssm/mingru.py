@@ -50,9 +50,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from mlreviews.common.checks import check_count, check_number
+from mlreviews.common.checks import check_count, check_number, check_sequence
 from mlreviews.common.layers import linear
-from mlreviews.ssm.mamba import check_sequence
 from mlreviews_kernels.linear_scan import linear_scan, linear_scan_step, log_linear_scan
 
 __all__ = ["MinGRU", "MinLSTM", "log_g", "parallel_scan_log"]

@@ -51,10 +51,10 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count, check_number
+from mlreviews.common.checks import check_count, check_number, check_sequence
 from mlreviews.common.layers import linear
 from mlreviews.models import ResidualBlock, SequenceModel
-from mlreviews.ssm.mamba import MambaBlock, MambaState, check_sequence
+from mlreviews.ssm.mamba import MambaBlock, MambaState
 
 __all__ = ["Compressed", "ReMamba", "adapted_forward", "range_to_compress", "select_topk_by_query"]
 

@@ -62,9 +62,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count, check_number
+from mlreviews.common.checks import check_count, check_number, check_sequence
 from mlreviews.common.layers import linear
-from mlreviews.ssm.mamba import SelectiveSSM, check_sequence
+from mlreviews.ssm.mamba import SelectiveSSM
 
 __all__ = [
     "SSAMBA",

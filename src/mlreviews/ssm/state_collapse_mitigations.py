@@ -55,8 +55,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count, check_probability
-from mlreviews.ssm.mamba import MambaState, check_sequence
+from mlreviews.common.checks import check_count, check_probability, check_sequence
+from mlreviews.ssm.mamba import MambaState
 from mlreviews.ssm.mamba_2 import Mamba2Block
 from mlreviews_kernels.linear_scan import linear_scan
 from mlreviews_kernels.ssd import ssd, ssd_step

@@ -63,10 +63,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mlreviews.common.checks import check_count, check_number
+from mlreviews.common.checks import check_count, check_number, check_sequence
 from mlreviews.common.layers import linear
 from mlreviews.common.rotary import apply_rotary
-from mlreviews.ssm.mamba import check_sequence
 from mlreviews_kernels.delta_rule import delta_rule
 
 __all__ = ["TTTMLP", "TTTLinear", "TTTState", "affine_dual", "norm_loss_gradient", "ttt_linear_dual"]

@@ -9,7 +9,6 @@ Full: 1,500 updates on 16 x 256 bytes, 3 seeds, 500,000 bytes; a quarter of an h
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mlreviews.datasets import ByteTokenizer, TextSplit, python_source
+from mlreviews.datasets import ByteTokenizer, python_source
 from mlreviews.models import SequenceModel
 from mlreviews.reproductions.figures import COLOURS, panels
 from mlreviews.reproductions.protocol import Claim, Outcome, Settings, measure
-from mlreviews.reproductions.training import median_seconds, next_token_loss, training
+from mlreviews.reproductions.training import bits_per_byte, median_seconds, next_token_loss, training
 from mlreviews.ssm.mamba import MambaBlock
 from mlreviews.ssm.mamba_2 import Mamba2Block, ssd_matrix
 from mlreviews.ssm.mingru import MinGRU
@@ -92,26 +91,6 @@ def _train(model: SequenceModel, batches: Iterator[Tensor], updates: int) -> lis
     device = next(model.parameters()).device
     losses = training(model, lambda: next_token_loss(model, next(batches).to(device)), updates, 0.01)
     return [loss / math.log(2) for _, loss in losses]
-
-
-@torch.no_grad()
-def bits_per_byte(model: SequenceModel, split: TextSplit, length: int, tested: int) -> float:
-    """Mean over the first so many bytes of a split, in windows of the given length.
-
-    Args:
-        model: over ids of `ByteTokenizer`.
-        split: the text.
-        length: of a window.
-        tested: bytes.
-    """
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for window in itertools.islice(split.sweep(length, 32), max(1, tested // (32 * length))):
-        window = window.to(device)
-        logits = model(window[:, :-1])[0].flatten(0, 1)
-        total += float(nn.functional.cross_entropy(logits, window[:, 1:].flatten(), reduction="sum"))
-        count += window[:, 1:].numel()
-    return total / count / math.log(2)
 
 
 def _inputs(generator: torch.Generator, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
