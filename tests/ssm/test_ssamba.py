@@ -421,3 +421,9 @@ class TestSSAMBA:
         for name in ("rows", "columns", "height", "width", "d_model", "depth", "d_state"):
             with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
                 SSAMBA(**({"d_model": 4, "depth": 1} | {name: 0}))
+
+
+def test_the_rank_of_delta_is_a_sixteenth_of_the_model_rounded_up() -> None:
+    for d_model, rank in ((16, 1), (17, 2), (33, 3)):
+        block = BiMambaBlock(d_model, generator=torch.Generator())
+        assert {direction.dt_rank for direction in (block.forwards, block.backwards)} == {rank}
