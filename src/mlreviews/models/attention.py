@@ -25,6 +25,7 @@ from mlreviews.common.checks import check_count, check_sequence
 from mlreviews.common.layers import linear
 from mlreviews.common.rotary import apply_rotary, rotary_angles
 from mlreviews_kernels.attention import attention
+from mlreviews_kernels.tree_masked_attention import tree_masked_attention
 
 __all__ = ["CausalAttention", "KVCache"]
 
@@ -89,6 +90,29 @@ class KVCache(NamedTuple):
         """
         return KVCache(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
+    def keep(
+        self, start: int, index: Int[Tensor, "batch kept"], mask: Bool[Tensor, "batch kept"] | None = None
+    ) -> KVCache:
+        """The first `start` tokens, and of the others the given ones.
+
+        Args:
+            start: how many stay in any case.
+            index: [batch, kept], int64, of the tokens after those, counted from `start`.
+            mask: [batch, kept], False at what is only there to fill a row.
+        """
+        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        first = self.crop(start)
+        return first.append(
+            self.keys[rows, start + index], self.values[rows, start + index], _both(self._mask_at(start, index), mask)
+        )
+
+    def _mask_at(self, start: int, index: Tensor) -> Tensor | None:
+        return None if self.mask is None else self.mask[:, start:].gather(1, index)
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a & b if a is not None and b is not None else a if b is None else b
+
 
 def _all_real(keys: Tensor) -> Tensor:
     return keys.new_ones(keys.shape[:2], dtype=torch.bool)
@@ -148,6 +172,35 @@ class CausalAttention(nn.Module):
         """
         return attention(q, cache.keys, cache.values, mask=cache.mask)[0]
 
+    def mix_tree(
+        self, q: Float[Tensor, "batch time heads dim"], cache: KVCache, tree: Bool[Tensor, "*batch time time"]
+    ) -> Float[Tensor, "batch time heads value_dim"]:
+        """What the heads give for each token of a tree, the last of the cache.
+
+        Args:
+            q: [batch, time, heads, dim].
+            cache: of all tokens, these included.
+            tree: True where a token of the tree sees another one.
+
+        Raises:
+            TypeError: a variant with another `mix`, which knows no trees.
+        """
+        if type(self).mix is not CausalAttention.mix:
+            raise TypeError(f"tree: {type(self).__name__} takes tokens in a row, not in a tree")
+        context = cache.length - q.shape[1]
+        if cache.mask is None:
+            return tree_masked_attention(
+                q,
+                cache.keys[:, context:],
+                cache.values[:, context:],
+                tree,
+                k_cache=cache.keys[:, :context],
+                v_cache=cache.values[:, :context],
+            )[0]
+        before = cache.mask[:, None, :context].expand(-1, q.shape[1], -1)
+        seen = torch.cat([before, tree.expand(q.shape[0], -1, -1) & cache.mask[:, None, context:]], dim=2)
+        return attention(q, cache.keys, cache.values, causal=False, mask=seen)[0]
+
     def forward(
         self,
         x: Float[Tensor, "batch time d_model"],
@@ -155,6 +208,7 @@ class CausalAttention(nn.Module):
         *,
         mask: Bool[Tensor, "batch time"] | None = None,
         positions: Int[Tensor, "*batch time"] | None = None,
+        tree: Bool[Tensor, "*batch time time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
         """Runs over a sequence.
 
@@ -164,6 +218,8 @@ class CausalAttention(nn.Module):
             mask: [batch, time], False at padding on the left of a row. The outputs there have no meaning.
             positions: [time] or [batch, time], for RoPE; None counts on from the state. Padding on the left needs no
                 positions of its own, since only differences count.
+            tree: [time, time] or [batch, time, time], True where one of these tokens sees another one; all of them
+                see the state. The standard layer only.
 
         Returns:
             ``(y, state)``: [batch, time, d_model], and the state after the last token.
@@ -174,7 +230,8 @@ class CausalAttention(nn.Module):
         check_sequence(x, self.d_model, mask)
         q, k, v = self.project(x, 0 if state is None else state.length, positions)
         cache = KVCache(k, v, mask) if state is None else state.append(k, v, mask)
-        return self.o_proj(self.mix(q, cache).flatten(2)), cache
+        mixed = self.mix(q, cache) if tree is None else self.mix_tree(q, cache, tree)
+        return self.o_proj(mixed.flatten(2)), cache
 
     def step(
         self, x_t: Float[Tensor, "batch d_model"], state: Any = None

@@ -76,7 +76,7 @@ class Tokens(NamedTuple):
 class RecurrentAttention(CausalAttention):
     """A layer whose state is a `FixedState`; arguments as of `CausalAttention`. Subclasses have `recur`."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # no trees
         self,
         x: Float[Tensor, "batch time d_model"],
         state: FixedState | None = None,

@@ -50,6 +50,7 @@ class TinyLMConfig:
         hidden: units of the SwiGLU; None is 8/3 d_model, rounded up to a multiple of 16.
         norm_eps: of RMSNorm.
         tied: whether the head is the embedding's matrix.
+        context: how many tokens it was trained to see; decoders don't go beyond. None: no limit is known.
     """
 
     vocab_size: int = 259
@@ -60,11 +61,12 @@ class TinyLMConfig:
     hidden: int | None = None
     norm_eps: float = 1e-6
     tied: bool = True
+    context: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "layers", "heads"):
             check_count(name, getattr(self, name))
-        for name in ("kv_heads", "hidden"):
+        for name in ("kv_heads", "hidden", "context"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_number("norm_eps", self.norm_eps, above=0.0)
@@ -73,7 +75,7 @@ class TinyLMConfig:
 class LMCache(NamedTuple):
     """What a model remembers of the tokens so far: a state of each block, and one of the position embedding.
 
-    A value, like the states in it: `crop` and `rows` return another cache, and the old one stays valid.
+    A value, like the states in it: `crop`, `rows` and `keep` return another cache, and the old one stays valid.
     """
 
     layers: tuple[Any, ...]
@@ -104,11 +106,26 @@ class LMCache(NamedTuple):
         """
         return self._each("rows", index)
 
-    def _each(self, method: str, argument: Any) -> LMCache:
+    def keep(
+        self, start: int, index: Int[Tensor, "batch kept"], mask: Bool[Tensor, "batch kept"] | None = None
+    ) -> LMCache:
+        """The first `start` tokens, and of the others the given ones: what a verified tree or ragged batch leaves.
+
+        Args:
+            start: how many stay in any case.
+            index: [batch, kept], int64, of the tokens after those, counted from `start`.
+            mask: [batch, kept], False where a row keeps fewer; nothing sees these. None: all are real.
+
+        Raises:
+            TypeError: a state cannot leave tokens out.
+        """
+        return self._each("keep", start, index, mask)
+
+    def _each(self, method: str, *arguments: Any) -> LMCache:
         def apply(state: Any) -> Any:
             if not hasattr(state, method):
                 raise TypeError(f"cache: a state of type {type(state).__name__} has no {method}()")
-            return getattr(state, method)(argument)
+            return getattr(state, method)(*arguments)
 
         return LMCache(tuple(map(apply, self.layers)), None if self.embedding is None else apply(self.embedding))
 
@@ -234,6 +251,7 @@ class TinyLM(nn.Module):
         *,
         mask: Bool[Tensor, "batch time"] | None = None,
         positions: Int[Tensor, "*batch time"] | None = None,
+        tree: Bool[Tensor, "*batch time time"] | None = None,
         hidden_states: bool = False,
     ) -> LMOutput:
         """Runs over the tokens that follow those of the cache.
@@ -243,6 +261,8 @@ class TinyLM(nn.Module):
             cache: of an earlier call; None before the first token. It stays as it is.
             mask: [batch, time], False at padding on the left of a row; logits there have no meaning.
             positions: [time] or [batch, time], where they are not simply counted on.
+            tree: [time, time] or [batch, time, time], True where one of these tokens (row) sees another one (column);
+                all of them see the cache. None: each sees those before it. For attention layers that take it.
             hidden_states: whether the hidden states are returned as well.
 
         Returns:
@@ -254,7 +274,8 @@ class TinyLM(nn.Module):
             IndexError: an id outside the vocabulary.
         """
         self._check(ids, cache)
-        layout = {name: x for name, x in (("mask", mask), ("positions", positions)) if x is not None}
+        given = (("mask", mask), ("positions", positions), ("tree", tree))
+        layout = {name: x for name, x in given if x is not None}
         x = self.embed_tokens(ids)
         position_state = None
         if self.position_embedding is not None:
@@ -269,6 +290,16 @@ class TinyLM(nn.Module):
         x = self.norm(x)
         found = (*hidden[:-1], x) if hidden_states else None
         return LMOutput(self.lm_head(x), LMCache(tuple(states), position_state), found)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens decoders may let it see; None: no limit is known."""
+        return self.config.context
 
     def save(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors``; an attention other than the standard one isn't named there.
