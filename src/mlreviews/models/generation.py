@@ -27,7 +27,7 @@ from torch import Tensor
 from mlreviews.common.checks import check_count, check_number
 from mlreviews.models.causal_lm import CausalLM
 
-__all__ = ["GenerationResult", "Sampler", "Stops", "check_prompt", "draw", "generate", "stream"]
+__all__ = ["GenerationResult", "Sampler", "Stops", "check_prompt", "draw", "flip", "generate", "stream"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,16 @@ def draw(p: Float[Tensor, "*batch vocab"], generator: torch.Generator | None = N
         generator: on p's device; None is the global one.
     """
     return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+
+
+def flip(p: Float[Tensor, "*batch"], generator: torch.Generator | None = None) -> Bool[Tensor, "*batch"]:
+    """True with the given probability, each by itself.
+
+    Args:
+        p: probabilities; above 1 is always, below 0 never.
+        generator: on p's device; None is the global one.
+    """
+    return torch.bernoulli(p.clamp(0, 1), generator=generator).bool()
 
 
 class GenerationResult(NamedTuple):

@@ -1,0 +1,1 @@
+"""Area decoding: from a language model's logits to text, exactly and faster than one token a step, or better."""
