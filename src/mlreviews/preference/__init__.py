@@ -1,4 +1,9 @@
 """Area preference: losses and procedures that learn from comparisons, rewards and verdicts."""
 
+from mlreviews.preference.dpo import *
+from mlreviews.preference.gspo import *
 from mlreviews.preference.logps import *
 from mlreviews.preference.losses import *
+from mlreviews.preference.open_rs import *
+from mlreviews.preference.ppo import *
+from mlreviews.preference.rloo import *

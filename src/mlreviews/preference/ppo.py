@@ -3,9 +3,9 @@ r"""PPO: several steps of policy gradient on the same samples, held near the pol
 Paper: Proximal Policy Optimization Algorithms (arXiv:1707.06347)
 Paper: High-Dimensional Continuous Control Using Generalized Advantage Estimation (arXiv:1506.02438)
 
-A policy gradient is right only for the policy that drew the samples. PPO weights each sample by how much likelier it has
-become and cuts the incentive to move it beyond a margin, so that one batch serves for several epochs. The advantages of
-the actions come from a learned value function by generalised advantage estimation (GAE).
+A policy gradient is right only for the policy that drew the samples. PPO weights each sample by how much likelier it
+has become and cuts the incentive to move it beyond a margin, so that one batch serves for several epochs. The
+advantages of the actions come from a learned value function by generalised advantage estimation (GAE).
 
 Equation:
     $$ \rho_t = \exp(\log \pi_\theta(a_t | s_t) - \log \pi_{old}(a_t | s_t)) \tag{1} $$
@@ -16,7 +16,8 @@ Equation:
     $$ L_V = \frac{1}{2N} \sum_t \max\bigl((V_t - R_t)^2,
        (V^{old}_t + \operatorname{clip}(V_t - V^{old}_t, -\epsilon, \epsilon) - R_t)^2\bigr), \quad
        R_t = A_t + V^{old}_t \tag{4} $$
-    $$ L_{KL} = -\frac{1}{N} \sum_t \bigl(\rho_t A_t - \beta \operatorname{KL}[\pi_{old} \| \pi_\theta]_t\bigr) \tag{5} $$
+    $$ L_{KL} = -\frac{1}{N} \sum_t \bigl(\rho_t A_t - \beta \operatorname{KL}[\pi_{old} \| \pi_\theta]_t\bigr)
+       \tag{5} $$
     beta is halved when the measured KL is below two thirds of its target, and doubled above one and a half times it.
 
 Symbols:
@@ -53,18 +54,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mlreviews.common.checks import check_finite, check_number, check_probability
-from mlreviews.preference.logps import PolicyLoss
+from mlreviews.preference.losses import PolicyLoss, masked_sum
 from mlreviews_kernels.linear_scan import linear_scan
 
 __all__ = [
     "adapt_kl_coefficient",
     "categorical_kl",
-    "check_tokens",
     "clipped_surrogate",
     "entropy_bonus",
     "gae",
-    "masked_ratio",
-    "policy_stats",
     "ppo_clip_loss",
     "ppo_kl_loss",
     "value_clip_loss",
@@ -102,9 +100,7 @@ def gae(
     Raises:
         ValueError: shapes differ, values are NaN or infinite, or a factor is outside [0, 1].
     """
-    check_tokens(dones, "dones", rewards=rewards, values=values)
-    check_finite("rewards", rewards)
-    check_finite("values", values)
+    check_tokens(torch.ones_like(dones), "dones", rewards=rewards, values=values)
     check_probability("gamma", gamma)
     check_probability("lam", lam)
     if last_value is None:
@@ -149,7 +145,7 @@ def ppo_clip_loss(
     check_tokens(mask, logp=logp, logp_old=logp_old, advantages=advantages)
     ratio = masked_ratio(logp, logp_old, mask)
     objective = clipped_surrogate(ratio, advantages, clip, clip)
-    loss = -masked_sum(objective, mask) / token_normaliser(mask, normaliser)
+    loss = -mean_over_tokens(objective, mask, normaliser)
     return PolicyLoss(loss, policy_stats(ratio, advantages, mask, clip, clip))
 
 
@@ -182,9 +178,9 @@ def ppo_kl_loss(
     """
     check_tokens(mask, logp=logp, logp_old=logp_old, advantages=advantages, kl=kl)
     check_number("beta", beta, least=0.0)
-    objective = masked_ratio(logp, logp_old, mask) * advantages - beta * kl
-    loss = -masked_sum(objective, mask) / token_normaliser(mask, normaliser)
-    return PolicyLoss(loss, {"kl": masked_sum(kl.detach(), mask) / token_normaliser(mask, None)})
+    objective = masked_ratio(logp, logp_old, mask) * advantages.detach() - beta * kl
+    loss = -mean_over_tokens(objective, mask, normaliser)
+    return PolicyLoss(loss, {"kl": mean_over_tokens(kl.detach(), mask)})
 
 
 def adapt_kl_coefficient(beta: float, kl: float, target: float) -> float:
@@ -238,9 +234,9 @@ def entropy_bonus(
     Raises:
         ValueError: shapes don't fit, the mask is not boolean, or the normaliser is not positive.
     """
-    check_tokens(mask, logits=logits[..., 0])
+    check_tokens(mask, logits=logits.logsumexp(-1))
     logp = logits.log_softmax(-1)
-    return -masked_sum((logp.exp() * logp).sum(-1), mask) / token_normaliser(mask, normaliser)
+    return -mean_over_tokens((logp.exp() * logp).sum(-1), mask, normaliser)
 
 
 def value_loss(
@@ -262,7 +258,7 @@ def value_loss(
         ValueError: shapes differ, the mask is not boolean, or the normaliser is not positive.
     """
     check_tokens(mask, values=values, returns=returns)
-    return 0.5 * masked_sum((values - returns).square(), mask) / token_normaliser(mask, normaliser)
+    return 0.5 * mean_over_tokens((values - returns).square(), mask, normaliser)
 
 
 def value_clip_loss(
@@ -291,7 +287,7 @@ def value_clip_loss(
     _check_clip(clip)
     near = values_old.detach() + (values - values_old.detach()).clamp(-clip, clip)
     squares = torch.maximum((values - returns).square(), (near - returns).square())
-    return 0.5 * masked_sum(squares, mask) / token_normaliser(mask, normaliser)
+    return 0.5 * mean_over_tokens(squares, mask, normaliser)
 
 
 def masked_ratio(
@@ -331,9 +327,9 @@ def clipped_surrogate(
 
 
 def policy_stats(
-    ratio: Float[Tensor, "*shape"],
-    advantages: Float[Tensor, "*shape"],
-    mask: Bool[Tensor, "*shape"],
+    ratio: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
     clip_low: float,
     clip_high: float,
 ) -> dict[str, Tensor]:
@@ -352,28 +348,32 @@ def policy_stats(
     """
     ratio = ratio.detach()
     clipped = ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
-    count = token_normaliser(mask, None)
     return {
-        "clip_fraction": masked_sum(clipped.to(ratio.dtype), mask) / count,
-        "approx_kl": masked_sum(ratio - 1 - ratio.log(), mask) / count,
+        "clip_fraction": mean_over_tokens(clipped.to(ratio.dtype), mask),
+        "approx_kl": mean_over_tokens(ratio - 1 - ratio.log(), mask),
     }
 
 
-def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """The sum over True entries; what stands at the others, be it NaN, matters neither for values nor for gradients."""
-    return torch.where(mask, x, 0.0).sum()
+def mean_over_tokens(
+    x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], normaliser: float | None = None
+) -> Float[Tensor, ""]:
+    """The sum over unmasked entries, divided by the normaliser or, where it is None, by their number (at least 1).
 
+    Args:
+        x: [batch, time]; what stands at masked entries, be it NaN, matters neither for values nor for gradients.
+        mask: [batch, time].
+        normaliser: > 0.
 
-def token_normaliser(mask: Tensor, normaliser: float | None) -> Tensor | float:
-    """The given normaliser, or the number of True entries, at least 1."""
-    if normaliser is None:
-        return mask.sum().clamp(min=1)
-    check_number("normaliser", normaliser, above=0.0)
-    return normaliser
+    Raises:
+        ValueError: the normaliser is not positive.
+    """
+    if normaliser is not None:
+        check_number("normaliser", normaliser, above=0.0)
+    return masked_sum(x, mask).sum() / (mask.sum().clamp(min=1) if normaliser is None else normaliser)
 
 
 def check_tokens(mask: Tensor, name: str = "mask", **tensors: Tensor) -> None:
-    """Raises ValueError unless the mask is boolean, [batch, time] with no empty axis, and all tensors have its shape.
+    """Raises ValueError unless the mask is a boolean [batch, time], and the tensors of its shape and finite where True.
 
     Args:
         mask: the boolean argument.
@@ -385,6 +385,8 @@ def check_tokens(mask: Tensor, name: str = "mask", **tensors: Tensor) -> None:
     for other, tensor in tensors.items():
         if tensor.shape != mask.shape:
             raise ValueError(f"{other}: expected {tuple(mask.shape)}, as {name} has, got shape {tuple(tensor.shape)}")
+        if not torch.compiler.is_compiling():
+            check_finite(other, torch.where(mask, tensor, 0.0))
 
 
 def _check_clip(clip: float) -> None:
