@@ -1,1 +1,3 @@
 """Area decoding: from a language model's logits to text, exactly and faster than one token a step, or better."""
+
+from mlreviews.decoding.dola import *
