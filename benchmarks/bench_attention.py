@@ -1,8 +1,8 @@
 """Attention with its log-sum-exp: compiled and vectorised, against scaled_dot_product_attention and eager softmax.
 
 Tables: forward; forward and backward; growth of time and memory with the length; one query over a long cache. Eager
-softmax keeps all scores at once. The last column is the largest difference from the vectorised form in float64,
-relative to its largest value.
+softmax keeps all scores at once; compiled flex_attention has no backward on a CPU. The last column is the largest
+difference from the vectorised form in float64, relative to its largest value.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from flex import flex
 from harness import Candidate, Measurement, measure, parser, report, use_threads
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -70,6 +71,7 @@ def candidates(shape: Shape, backwards: bool, slow: bool) -> list[Candidate]:
         Candidate("compiled", run, (ours,), make),
         Candidate("vectorised", vectorised, (run,), make),
         *([Candidate("eager softmax", run, (eager,), make)] if slow else []),
+        *([] if backwards else [Candidate("flex_attention, compiled", run, (flex,), make)]),
         Candidate("scaled_dot_product_attention", run, (torchs,), make),
     ]
 

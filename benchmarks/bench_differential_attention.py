@@ -1,9 +1,9 @@
 """Differential attention: compiled and vectorised, against compositions of scaled_dot_product_attention.
 
 The compositions: two calls, which v wider than k takes off torch's flash path on the CPU; four calls on halves of v;
-two calls with q and k padded to v's width; and two softmaxes with all scores at once. Tables: forward; forward and
-backward; growth of time and memory with the length. The last column is the largest difference from the vectorised form
-in float64, relative to its largest value.
+two calls with q and k padded to v's width; two of compiled flex_attention (forward only); and two softmaxes with all
+scores at once. Tables: forward; forward and backward; growth of time and memory with the length. The last column is the
+largest difference from the vectorised form in float64, relative to its largest value.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from flex import flex
 from harness import Candidate, Measurement, measure, parser, report, use_threads
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -51,6 +52,10 @@ def padded(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tenso
     return sdpa(q1, k1, v, dim**-0.5) - lam[:, None] * sdpa(q2, k2, v, dim**-0.5)
 
 
+def two_flex_calls(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+    return flex(q1, k1, v) - lam[:, None] * flex(q2, k2, v)
+
+
 def eager(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tensor) -> Tensor:
     above = ~torch.ones(q1.shape[1], k1.shape[1], dtype=torch.bool).tril()
 
@@ -86,6 +91,7 @@ def candidates(shape: tuple[int, int, int], backwards: bool, slow: bool) -> list
         *([Candidate("eager softmaxes", run, (eager,), make)] if slow else []),
         *([Candidate("two calls", run, (two_calls,), make)] if slow else []),
         Candidate("four calls on halves of v", run, (four_calls,), make),
+        *([] if backwards else [Candidate("two calls of flex_attention", run, (two_flex_calls,), make)]),
         Candidate("two calls, q and k padded", run, (padded,), make),
     ]
 
