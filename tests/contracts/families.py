@@ -38,12 +38,20 @@ def _is_attention_layer(thing: object) -> bool:
     return inspect.isclass(thing) and issubclass(thing, nn.Module) and asked <= set(inspect.signature(thing).parameters)
 
 
+def _is_preference_loss(thing: object) -> bool:
+    if not inspect.isfunction(thing):
+        return False
+    signature = inspect.signature(thing)
+    return signature.return_annotation == "PreferenceLoss" and "policy_chosen_logps" in signature.parameters
+
+
 # family -> what makes a public name a member.  The batteries of the families that DESIGN.md lists arrive with their
 # first member: a predicate here, and test_<family>.py beside it.
 FAMILIES: dict[str, Callable[[object], bool]] = {
     "attention_layer": _is_attention_layer,
     "module": _is_module,
     "optimiser": _is_optimiser,
+    "preference_loss": _is_preference_loss,
     "random": _draws,
     "recurrent": _is_recurrent,
 }

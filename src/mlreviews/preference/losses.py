@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlreviews.common.checks import check_count, check_finite
 
-__all__ = ["PolicyLoss", "PreferenceLoss"]
+__all__ = ["PolicyLoss", "PreferenceLoss", "UnpairedLoss"]
 
 
 class PreferenceLoss(NamedTuple):
@@ -25,6 +25,18 @@ class PreferenceLoss(NamedTuple):
     losses: Float[Tensor, " batch"]
     chosen_rewards: Float[Tensor, " batch"]
     rejected_rewards: Float[Tensor, " batch"]
+
+
+class UnpairedLoss(NamedTuple):
+    """What a loss of single answers with a verdict each returns.
+
+    Attributes:
+        losses: [batch], one an answer, not reduced.
+        rewards: [batch], implicit rewards of the answers (nats times beta), detached.
+    """
+
+    losses: Float[Tensor, " batch"]
+    rewards: Float[Tensor, " batch"]
 
 
 class PolicyLoss(NamedTuple):
