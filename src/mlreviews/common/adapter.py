@@ -45,6 +45,7 @@ __all__ = [
     "is_transposed",
     "load_adapter",
     "load_adapter_state_dict",
+    "matching_layers",
     "merge",
     "save_adapter",
     "trainable_parameters",
@@ -200,6 +201,37 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
 
 
+def matching_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
+    """The layers that `inject` would replace.
+
+    Args:
+        model: with or without adapters.
+        targets: regular expressions that match whole paths.
+
+    Returns:
+        The layers by path, in the model's order.
+
+    Raises:
+        ValueError: an expression matches nothing, or a match has an adapter already or is the same layer as one
+            elsewhere in the model.
+    """
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    matches = [[path for path in layers if re.fullmatch(pattern, path)] for pattern in patterns]
+    if not patterns or not all(matches):
+        unmatched = [pattern for pattern, found in zip(patterns, matches, strict=True) if not found]
+        raise ValueError(f"targets: expected regular expressions that match layers' paths, got {unmatched}")
+    paths = [path for path in layers if any(path in found for found in matches)]
+    taken = [path for own in adapters(model) for path in paths if path == own or path.startswith(f"{own}.")]
+    if taken or "" in paths:
+        raise ValueError(f"targets: expected layers without an adapter inside a model, but matched {taken or paths}")
+    for path in paths:
+        places = [place for place, layer in layers.items() if layer is layers[path]]
+        if len(places) > 1:
+            raise ValueError(f"targets: {path} is one layer at several places, {places}")
+    return {path: layers[path] for path in paths}
+
+
 def inject(model: nn.Module, targets: str | Iterable[str], make: Callable[[str, nn.Module], Adapter]) -> list[str]:
     r"""Puts adapters in the place of layers, and freezes all parameters but those of adapters.
 
@@ -216,23 +248,10 @@ def inject(model: nn.Module, targets: str | Iterable[str], make: Callable[[str, 
         ValueError: an expression matches nothing, or a match has an adapter already or is the same layer as one
             elsewhere in the model. Nothing has changed then, nor where `make` raises.
     """
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    layers = dict(model.named_modules(remove_duplicate=False))
-    matches = [[path for path in layers if re.fullmatch(pattern, path)] for pattern in patterns]
-    if not patterns or not all(matches):
-        unmatched = [pattern for pattern, found in zip(patterns, matches, strict=True) if not found]
-        raise ValueError(f"targets: expected each to match a layer's path, but {unmatched or patterns} matches none")
-    paths = [path for path in layers if any(path in found for found in matches)]
-    taken = [path for adapter in adapters(model) for path in paths if path == adapter or path.startswith(f"{adapter}.")]
-    if taken or "" in paths:
-        raise ValueError(f"targets: expected layers without an adapter inside a model, but matched {taken or paths}")
-    for path in paths:
-        places = [place for place, layer in layers.items() if layer is layers[path]]
-        if len(places) > 1:
-            raise ValueError(f"targets: {path} is one layer at several places, {places}")
+    paths = matching_layers(model, targets)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        made = {path: make(path, layers[path]) for path in paths}
+        made = {path: make(path, layer) for path, layer in paths.items()}
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -242,8 +261,8 @@ def inject(model: nn.Module, targets: str | Iterable[str], make: Callable[[str, 
         if id(parameter) not in own:
             parameter.requires_grad_(False)
     for path, adapter in made.items():
-        model.set_submodule(path, adapter.train(layers[path].training))
-    return paths
+        model.set_submodule(path, adapter.train(paths[path].training))
+    return list(paths)
 
 
 def _is_own(name: str) -> bool:
@@ -359,13 +378,13 @@ class PeftFormat:
     """How the adapters of one kind are laid out in the files of the peft library.
 
     Attributes:
-        save: from the adapters by path to the entries of the config that are particular to the kind, and the tensors
-            by name.
-        load: from a model, the config and the tensors to the paths of the adapters that it put into the model.
+        save: from the adapters by path and the name of one on each layer to the entries of the config that are
+            particular to the kind, and the tensors by name.
+        load: from a model, the config, the tensors and a name to the paths of the adapters that it put into the model.
     """
 
-    save: Callable[[dict[str, Adapter]], tuple[dict[str, Any], dict[str, Tensor]]]
-    load: Callable[[nn.Module, dict[str, Any], dict[str, Tensor]], list[str]]
+    save: Callable[[dict[str, Adapter], str], tuple[dict[str, Any], dict[str, Tensor]]]
+    load: Callable[[nn.Module, dict[str, Any], dict[str, Tensor], str], list[str]]
 
 
 # peft_type -> layout
@@ -374,15 +393,17 @@ PEFT_FORMATS: dict[str, PeftFormat] = {}
 _PREFIX = "base_model.model."
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` as the peft library does.
 
     Args:
         model: with adapters, all of one kind that the library knows.
         folder: made where it doesn't exist.
+        name: of the adapter, for kinds of which a layer can have several.
 
     Raises:
-        ValueError: no adapters, of several kinds, or of one that the library doesn't know.
+        ValueError: no adapters, of several kinds, of one that the library doesn't know, or with settings that its
+            config can't say.
     """
     found = adapters(model)
     kinds = {adapter.peft_type for adapter in found.values()}
@@ -390,8 +411,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     if kind not in PEFT_FORMATS:
         names = sorted({type(adapter).__name__ for adapter in found.values()})
         raise ValueError(f"model: expected adapters of one kind out of {sorted(PEFT_FORMATS)}, got {names}")
-    own, tensors = PEFT_FORMATS[kind].save(found)
-    config = {"peft_type": kind, "task_type": None, "base_model_name_or_path": None, "inference_mode": True, **own}
+    own, tensors = PEFT_FORMATS[kind].save(found, name)
+    targets = _peft_targets(model, found)
+    common = {"peft_type": kind, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    config = {**common, "target_modules": targets, "bias": "none", "modules_to_save": None, **own}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -399,12 +422,22 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     save_file(stored, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
+def _peft_targets(model: nn.Module, found: dict[str, Adapter]) -> list[str] | str:
+    """The last parts of the paths where these say which layers are meant, as people write them; else an expression."""
+    paths = [path for path, _ in model.named_modules() if not any(path.startswith(f"{own}.") for own in found)]
+    names = sorted({path.rpartition(".")[2] for path in found})
+    if {path for path in paths if path.rpartition(".")[2] in names} == set(found):
+        return names
+    return "|".join(map(re.escape, found))
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default") -> list[str]:
     """Puts the adapters that `save_adapter` or the peft library wrote into a model.
 
     Args:
         model: the base model, changed in place; its parameters are frozen.
         folder: with both files.
+        name: for the adapter, for kinds of which a layer can have several.
 
     Returns:
         The paths of the layers that have adapters now.
@@ -420,7 +453,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     kind = config.get("peft_type")
     if kind not in PEFT_FORMATS:
         raise ValueError(f"adapter_config.json: expected peft_type out of {sorted(PEFT_FORMATS)}, got {kind!r}")
-    strange = [name for name in tensors if not name.startswith(_PREFIX)]
+    strange = [key for key in tensors if not key.startswith(_PREFIX)]
     if strange:
         raise ValueError(f"adapter_model.safetensors: expected names that begin with {_PREFIX!r}, got {strange[:3]}")
-    return PEFT_FORMATS[kind].load(model, config, {name.removeprefix(_PREFIX): x for name, x in tensors.items()})
+    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        raise ValueError("adapter_config.json: expected no trained biases and no modules_to_save")
+    return PEFT_FORMATS[kind].load(model, config, {key.removeprefix(_PREFIX): x for key, x in tensors.items()}, name)

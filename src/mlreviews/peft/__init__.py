@@ -12,3 +12,8 @@
 """
 
 from mlreviews.common.adapter import *
+from mlreviews.peft.intrinsic_dimension import *
+from mlreviews.peft.intruder_dimensions import *
+from mlreviews.peft.lora import *
+from mlreviews.peft.neftune import *
+from mlreviews.peft.svf import *
