@@ -91,6 +91,7 @@ RECIPES = {
         warm_up=500,
     ),
 }
+CHECKPOINT_EVERY = 100
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def pretrain(
     for step in range(start, recipe.steps):
         loss = _update(model, rules, recipe, step, split, teacher)
         curve.append(round(loss, 4))
-        if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
             state = {
                 "recipe": json.dumps(asdict(recipe)),
                 "model": model.state_dict(),
