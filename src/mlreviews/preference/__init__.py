@@ -1,5 +1,6 @@
 """Area preference: losses and procedures that learn from comparisons, rewards and verdicts."""
 
+from mlreviews.preference.apo import *
 from mlreviews.preference.dpo import *
 from mlreviews.preference.gspo import *
 from mlreviews.preference.logps import *
