@@ -43,17 +43,19 @@ class TestNoise:
 
     def test_padding_gets_none_and_does_not_count(self) -> None:
         x = _random(4, 6, 5)
-        mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [1] * 3 + [0] * 3, [0] * 6]).bool()
+        mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [1] + [0] * 5, [0] * 6]).bool()
         noise = neftune_noise(x, 3.0, mask, generator=_rng(2)) - x
         assert (noise[~mask] == 0).all()
         # the draws are those without a mask, and a row of n tokens has the scale of a sequence of n
         drawn = neftune_noise(x, 3.0, generator=_rng(2)) - x
-        for row, length in ((0, 6), (1, 4), (2, 3)):
+        for row, length in ((0, 6), (1, 4), (2, 1)):
             torch.testing.assert_close(noise[row][mask[row]], drawn[row][mask[row]] * (6 / length) ** 0.5)
 
     def test_reduces_to_plain_fine_tuning(self) -> None:
         x = _random(2, 4, 3)
         assert torch.equal(neftune_noise(x, 0.0), x)
+        assert torch.equal(neftune_noise(x, generator=_rng()), neftune_noise(x, 5.0, generator=_rng()))
+        assert NEFTune(nn.Embedding(3, 2)).alpha == 5
 
     def test_gradient_is_that_of_the_embeddings(self) -> None:
         x = _random(2, 4, 3).requires_grad_()
