@@ -12,6 +12,7 @@ import pytest
 from torch import nn, optim
 
 from mlreviews.catalogue import Technique, techniques
+from mlreviews.common.adapter import Adapter
 
 __all__ = ["FAMILIES", "Member", "Sample", "each_member", "members"]
 
@@ -32,6 +33,10 @@ def _is_recurrent(thing: Any) -> bool:
     return _is_module(thing) and hasattr(thing, "step") and "state" in inspect.signature(thing.forward).parameters
 
 
+def _is_adapter(thing: object) -> bool:
+    return inspect.isclass(thing) and issubclass(thing, Adapter) and thing is not Adapter
+
+
 def _is_attention_layer(thing: object) -> bool:
     # what TinyLM's `attention` argument is called with
     asked = {"heads", "kv_heads", "layer", "generator"}
@@ -48,6 +53,7 @@ def _is_preference_loss(thing: object) -> bool:
 # family -> what makes a public name a member.  The batteries of the families that DESIGN.md lists arrive with their
 # first member: a predicate here, and test_<family>.py beside it.
 FAMILIES: dict[str, Callable[[object], bool]] = {
+    "adapter": _is_adapter,
     "attention_layer": _is_attention_layer,
     "module": _is_module,
     "optimiser": _is_optimiser,
