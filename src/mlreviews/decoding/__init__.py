@@ -1,3 +1,4 @@
 """Area decoding: from a language model's logits to text, exactly and faster than one token a step, or better."""
 
 from mlreviews.decoding.dola import *
+from mlreviews.decoding.jacobi_decoding import *
