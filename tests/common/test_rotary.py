@@ -22,7 +22,7 @@ def test_layouts_differ_by_the_known_permutation() -> None:
     x, angles = _x(), rotary_angles(torch.arange(TIME), DIM)
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # entry of the half-split form at each place of the interleaved
     interleaved = apply_rotary(x[..., order], angles, interleaved=True)
-    assert torch.equal(interleaved, apply_rotary(x, angles)[..., order])
+    torch.testing.assert_close(interleaved, apply_rotary(x, angles)[..., order])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["apply_rotary", "rotary_angles"]
+__all__ = ["apply_rotary", "rotary_angles", "rotary_factors", "rotate"]
 
 
 def rotary_angles(
@@ -52,9 +52,42 @@ def apply_rotary(
     half = angles.shape[-1]
     if 2 * half > x.shape[3]:
         raise ValueError(f"angles: expected at most {x.shape[3] // 2} a token, half of a head, got {half}")
+    if 2 * half == x.shape[3] and not interleaved:
+        return rotate(x, *rotary_factors(angles))
     wide = x[..., : 2 * half].to(torch.promote_types(x.dtype, angles.dtype))
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
     one, other = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
     rotated = (one * cos - other * sin, one * sin + other * cos)
     found = torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
     return torch.cat([found.to(x.dtype), x[..., 2 * half :]], dim=-1)
+
+
+def rotary_factors(
+    angles: Float[Tensor, "*batch time half"],
+) -> tuple[Float[Tensor, "*batch time 1 dim"], Float[Tensor, "*batch time 1 dim"]]:
+    """What `rotate` multiplies with: they are the same for all layers of a model, and for queries and keys.
+
+    Args:
+        angles: of `rotary_angles`, [time, half] or [batch, time, half].
+
+    Returns:
+        ``(cos, sin)``, [..., time, 1, 2 half]; the first half of the sines is negative.
+    """
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
+
+
+def rotate(
+    x: Float[Tensor, "batch time heads dim"],
+    cos: Float[Tensor, "*batch time 1 dim"],
+    sin: Float[Tensor, "*batch time 1 dim"],
+) -> Float[Tensor, "batch time heads dim"]:
+    """`apply_rotary` of whole heads, entry i paired with i + half, in three operations.
+
+    Args:
+        x: [batch, time, heads, dim], queries or keys.
+        cos: of `rotary_factors`.
+        sin: of `rotary_factors`.
+    """
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    return (wide * cos).addcmul(wide.roll(x.shape[3] // 2, -1), sin.to(wide.dtype)).to(x.dtype)

@@ -23,11 +23,15 @@ from torch import Tensor, nn
 
 from mlreviews.common.checks import check_count, check_sequence
 from mlreviews.common.layers import linear
-from mlreviews.common.rotary import apply_rotary, rotary_angles
+from mlreviews.common.rotary import apply_rotary, rotary_angles, rotary_factors, rotate
 from mlreviews_kernels.attention import attention
 from mlreviews_kernels.tree_masked_attention import tree_masked_attention
 
-__all__ = ["CausalAttention", "KVCache"]
+__all__ = ["CausalAttention", "KVCache", "SharedLayout"]
+
+# Up to so many queries over so many keys, without gradients, are one call of PyTorch: what a decoder does in each step.
+# The kernels' ops cost a layer a tenth of a millisecond or more before they begin.
+FEW_QUERIES, FEW_KEYS = 64, 4096
 
 
 class KVCache(NamedTuple):
@@ -116,6 +120,21 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _all_real(keys: Tensor) -> Tensor:
     return keys.new_ones(keys.shape[:2], dtype=torch.bool)
+
+
+class SharedLayout(NamedTuple):
+    """What is the same for all layers of a model in one pass; see `CausalAttention.shared`.
+
+    Attributes:
+        rotation: cosines and sines of RoPE, [..., time, 1, dim]; None without RoPE.
+        few: whether there are few queries, and no gradients are wanted.
+        unseen: for few queries: added to the scores, [batch or 1, 1, time * group, past + time], the lowest number
+            where a query doesn't see a key. None where all see all.
+    """
+
+    rotation: tuple[Tensor, Tensor] | None
+    few: bool
+    unseen: Tensor | None
 
 
 class CausalAttention(nn.Module):
@@ -209,6 +228,7 @@ class CausalAttention(nn.Module):
         mask: Bool[Tensor, "batch time"] | None = None,
         positions: Int[Tensor, "*batch time"] | None = None,
         tree: Bool[Tensor, "*batch time time"] | None = None,
+        shared: SharedLayout | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
         """Runs over a sequence.
 
@@ -220,6 +240,7 @@ class CausalAttention(nn.Module):
                 positions of its own, since only differences count.
             tree: [time, time] or [batch, time, time], True where one of these tokens sees another one; all of them
                 see the state. The standard layer only.
+            shared: what `shared` returned of these arguments, for several layers of one kind; None computes it here.
 
         Returns:
             ``(y, state)``: [batch, time, d_model], and the state after the last token.
@@ -228,10 +249,61 @@ class CausalAttention(nn.Module):
             ValueError: x, mask or state has another shape.
         """
         check_sequence(x, self.d_model, mask)
-        q, k, v = self.project(x, 0 if state is None else state.length, positions)
+        if type(self) is not CausalAttention:
+            q, k, v = self.project(x, 0 if state is None else state.length, positions)
+            cache = KVCache(k, v, mask) if state is None else state.append(k, v, mask)
+            mixed = self.mix(q, cache) if tree is None else self.mix_tree(q, cache, tree)
+            return self.o_proj(mixed.flatten(2)), cache
+        if shared is None:
+            shared = self.shared(x, state, mask=mask, positions=positions, tree=tree)
+        q = self.q_proj(x).unflatten(2, (self.heads, -1))
+        k, v = (proj(x).unflatten(2, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        if shared.rotation is not None:
+            q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
         cache = KVCache(k, v, mask) if state is None else state.append(k, v, mask)
-        mixed = self.mix(q, cache) if tree is None else self.mix_tree(q, cache, tree)
+        if shared.few:
+            mixed = _few_queries(q, cache, shared.unseen)
+        else:
+            mixed = self.mix(q, cache) if tree is None else self.mix_tree(q, cache, tree)
         return self.o_proj(mixed.flatten(2)), cache
+
+    def shared(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: KVCache | None,
+        *,
+        mask: Bool[Tensor, "batch time"] | None = None,
+        positions: Int[Tensor, "*batch time"] | None = None,
+        tree: Bool[Tensor, "*batch time time"] | None = None,
+    ) -> SharedLayout:
+        """What a pass over these arguments of `forward` needs in every layer of this kind.
+
+        Args:
+            x: [batch, time, d_model]; its values don't matter.
+            state: of any of the layers.
+            mask: as of `forward`.
+            positions: as of `forward`.
+            tree: as of `forward`.
+        """
+        past, time = 0 if state is None else state.length, x.shape[1]
+        rotation = None
+        if self.rope_base is not None:
+            if positions is None:
+                positions = torch.arange(past, past + time, device=x.device)
+            rotation = rotary_factors(rotary_angles(positions, self.head_dim, base=self.rope_base))
+        few = time <= FEW_QUERIES and past + time <= FEW_KEYS and not torch.is_grad_enabled()
+        before = None if state is None else state.mask
+        if not few or (time == 1 and mask is None and before is None):
+            return SharedLayout(rotation, few, None)
+        if tree is None:
+            tree = torch.ones(time, time, dtype=torch.bool, device=x.device).tril()
+        seen = torch.cat([tree.new_ones(*tree.shape[:-1], past), tree], -1).expand(-1 if tree.ndim == 3 else 1, -1, -1)
+        if mask is not None or before is not None:
+            real = [m if m is not None else seen.new_ones(len(x), n) for m, n in ((before, past), (mask, time))]
+            seen = seen & torch.cat(real, 1)[:, None]
+        # the lowest number and not -inf: a token that sees nothing, padding, stays finite
+        unseen = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, torch.finfo(x.dtype).min)
+        return SharedLayout(rotation, few, unseen.repeat_interleave(self.heads // self.kv_heads, 1)[:, None])
 
     def step(
         self, x_t: Float[Tensor, "batch d_model"], state: Any = None
@@ -266,3 +338,13 @@ class CausalAttention(nn.Module):
     def extra_repr(self) -> str:
         """Sizes."""
         return f"d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}, layer={self.layer}"
+
+
+def _few_queries(q: Tensor, cache: KVCache, unseen: Tensor | None) -> Tensor:
+    """Attention of the last tokens [batch, time, heads, dim]; heads that share keys are rows of one matrix."""
+    kv_heads = cache.keys.shape[2]
+    rows = q.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+    keys, values = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
+    mask = None if unseen is None else unseen.to(q.dtype)
+    mixed = nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    return mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2).flatten(2, 3)

@@ -177,7 +177,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(d_model, hidden, generator=generator)
 
-    def forward(self, x: Tensor, state: Any, carried: Any, layout: dict[str, Tensor]) -> tuple[Tensor, Any, Any]:
+    def forward(self, x: Tensor, state: Any, carried: Any, layout: dict[str, Any]) -> tuple[Tensor, Any, Any]:
         normed = self.input_layernorm(x)
         if getattr(self.self_attn, "cross_layer", False):
             mixed, state, carried = self.self_attn(normed, state, carried=carried, **layout)
@@ -275,7 +275,7 @@ class TinyLM(nn.Module):
         """
         self._check(ids, cache)
         given = (("mask", mask), ("positions", positions), ("tree", tree))
-        layout = {name: x for name, x in given if x is not None}
+        layout: dict[str, Any] = {name: x for name, x in given if x is not None}
         x = self.embed_tokens(ids)
         position_state = None
         if self.position_embedding is not None:
@@ -283,6 +283,9 @@ class TinyLM(nn.Module):
             x = x + vectors
         hidden, states, carried = [x], [], None
         before = (None,) * len(self.layers) if cache is None else cache.layers
+        mixers: list[Any] = [block.self_attn for block in self.layers]
+        if all(type(m) is CausalAttention and m.rope_base == mixers[0].rope_base for m in mixers):
+            layout["shared"] = mixers[0].shared(x, before[0], **layout)
         for block, state in zip(self.layers, before, strict=True):
             x, state, carried = block(x, state, carried, layout)
             hidden.append(x)
