@@ -4,10 +4,10 @@ Paper: Anchored Preference Optimization and Contrastive Revisions: Addressing Un
     (arXiv:2408.06266).
 
 DPO fixes the difference of two rewards and leaves open whether the preferred answer becomes likelier or the rejected
-one less likely: both may fall. APO anchors each reward at 0, the reference. APO-zero raises the preferred answer and lowers
-the rejected one, for preferred answers that are better than what the model says by itself. APO-down lowers both, the
-rejected one more, for a model that is already better than its data. CLAIR makes the pairs: the rejected answer is the
-model's own, the preferred one a minimal revision of it, so that the pair differs in what matters and in nothing else.
+one less likely: both may fall. APO anchors each reward at 0, the reference. APO-zero raises the preferred answer and
+lowers the rejected one, for preferred answers that are better than what the model says by itself. APO-down lowers both,
+the rejected one more, for a model that is already better than its data. CLAIR makes the pairs: the rejected answer is
+the model's own, the preferred one a minimal revision of it, so that they differ in what matters and in nothing else.
 
 Equation:
     $$ r(y) = \beta \log\frac{\pi(y \mid x)}{\pi_{\mathrm{ref}}(y \mid x)}, \qquad
