@@ -7,4 +7,7 @@ from mlreviews.preference.logps import *
 from mlreviews.preference.losses import *
 from mlreviews.preference.open_rs import *
 from mlreviews.preference.ppo import *
+from mlreviews.preference.rewards import *
 from mlreviews.preference.rloo import *
+from mlreviews.preference.spurious_rewards import *
+from mlreviews.preference.trainer import *
