@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlreviews.models import CausalAttention, KVCache, LMCache, TinyLM, TinyLMConfig
+from mlreviews_kernels.tree_masked_attention import ancestor_mask
 
 CONFIG = TinyLMConfig(vocab_size=17, d_model=12, layers=3, heads=6, kv_heads=2, hidden=20)
 BATCH, TIME = 3, 8
@@ -116,6 +117,80 @@ def test_padding_on_the_left_changes_nothing() -> None:
         torch.testing.assert_close(out.logits[row, start:], expected[:-2], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(after[row], expected[-2:], rtol=1e-5, atol=1e-5)
     assert out.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("gradients", [True, False])  # without them, few queries take another path
+@pytest.mark.parametrize("padded", [True, False])
+def test_branches_of_a_tree_are_what_they_are_alone(gradients: bool, padded: bool) -> None:
+    model, ids = _model(), _ids()
+    starts = [0, 3, 5] if padded else [0, 0, 0]
+    mask = torch.arange(TIME) >= torch.tensor(starts)[:, None] if padded else None
+    nodes = torch.randint(17, (BATCH, 5), generator=_rng(7))
+    parents = torch.tensor([[-1, 0, 0, 1, 2], [-1, -1, 1, 1, 3], [-1, 0, 1, 2, 3]])
+    paths = [[[0, 1, 3], [0, 2, 4]], [[0], [1, 2], [1, 3, 4]], [[0, 1, 2, 3, 4]]]
+    tree = ancestor_mask(parents)
+    with torch.set_grad_enabled(gradients):
+        cache = model(ids, mask=mask).cache
+        out = model(nodes, cache, tree=tree, positions=TIME - 1 + tree.sum(2))
+        for row, start in enumerate(starts):
+            for path in paths[row]:
+                alone = model(torch.cat([ids[row, start:], nodes[row, path]])[None]).logits[0]
+                torch.testing.assert_close(
+                    out.logits[row, path], alone[TIME - start :], rtol=1e-5, atol=1e-5
+                )  # angles are in float32
+        # one tree for all rows
+        alike = model(nodes, cache, tree=tree[0], positions=TIME - 1 + tree[0].sum(1))
+        torch.testing.assert_close(alike.logits[0], out.logits[0])
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_kept_tokens_are_as_if_the_others_had_never_come(gradients: bool) -> None:
+    model, ids, last = _model(), _ids(), torch.randint(17, (BATCH, 3), generator=_rng(7))
+    with torch.set_grad_enabled(gradients):
+        cache = model(ids).cache
+        lengths = torch.tensor([2, 1, 3])
+        index = torch.tensor([[1, 2, 0], [0, 0, 0], [0, 1, 2]])
+        kept = cache.keep(5, index, torch.arange(3) < lengths[:, None])
+        assert (kept.length, cache.length) == (8, TIME)
+        # tokens 6 and 7 of row 0 were seen at the places they have now, one to the left
+        found = model(last, kept, positions=torch.tensor([[8], [6], [8]]) + torch.arange(3)).logits
+        whole = [torch.cat([ids[1, :6], last[1]]), torch.cat([ids[2], last[2]])]
+        for row, alone in enumerate(whole, start=1):
+            torch.testing.assert_close(found[row], model(alone[None]).logits[0, -3:], rtol=1e-5, atol=1e-5)
+        # row 0 has left token 5 out: nothing of it is there, whatever it was
+        other = KVCache(*(x.clone() if x is not None else None for x in cache.layers[0]))  # type: ignore[arg-type]
+        other.keys[0, 5] = other.values[0, 5] = 99.0
+        changed = LMCache((other, *cache.layers[1:])).keep(5, index, torch.arange(3) < lengths[:, None])
+        again = model(last, changed, positions=torch.tensor([[8], [6], [8]]) + torch.arange(3)).logits
+        torch.testing.assert_close(again[0], found[0])
+
+
+def test_few_queries_without_gradients_give_what_others_do() -> None:
+    model, ids = _model(position_embedding=None), _ids(11)
+    mask = torch.arange(11) >= torch.tensor([0, 4, 10])[:, None]
+    for given in (None, mask):
+        cut = None if given is None else given[:, :8]
+        expected = model(ids, mask=given).logits
+        with torch.no_grad():
+            cache = model(ids[:, :8], mask=cut).cache
+            found = model(ids[:, 8:], cache, mask=None if given is None else given[:, 8:])
+        seen = slice(8, None) if given is None else mask & (torch.arange(11) >= 8)
+        want = expected[:, seen] if given is None else expected[seen]
+        have = found.logits if given is None else found.logits[mask[:, 8:]]
+        torch.testing.assert_close(have, want)
+        assert found.logits.isfinite().all()
+
+
+def test_a_pass_shares_angles_only_between_layers_of_one_kind() -> None:
+    model, ids = _model(), _ids()
+    expected = model(ids).logits
+    model.layers[1].self_attn.rope_base = None
+    changed = model(ids).logits
+    assert not torch.allclose(changed, expected)
+    x = model.embed_tokens(ids)
+    for block in model.layers:
+        x, _, _ = block(x, None, None, {})
+    torch.testing.assert_close(changed, model.lm_head(model.norm(x)))
 
 
 def test_the_attention_is_one_argument() -> None:

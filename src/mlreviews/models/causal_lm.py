@@ -114,8 +114,10 @@ class TransformersLM(nn.Module):
         self.model = model
         self.embed_tokens = model.get_input_embeddings()
         self.lm_head = model.get_output_embeddings()
-        body = model.base_model
-        self.norm = next(getattr(body, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(body, name))
+        names = [name for name in ("norm", "ln_f", "final_layer_norm") if hasattr(model.base_model, name)]
+        if not names:
+            raise TypeError(f"model: expected a norm before the head, {type(model).__name__} has none that is known")
+        self.norm = getattr(model.base_model, names[0])
 
     @property
     def vocab_size(self) -> int:
@@ -199,6 +201,13 @@ class TransformersLM(nn.Module):
             raise ValueError(
                 f"cache: expected a state for each of {self.model.config.num_hidden_layers} layers, "
                 f"got {len(cache.layers)}"
+            )
+        config = self.model.config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if tuple(cache.layers[0].keys.shape[2:]) != (heads, dim):
+            raise ValueError(
+                f"cache: expected keys [batch, time, {heads}, {dim}], got {list(cache.layers[0].keys.shape)}"
             )
         for i, layer in enumerate(cache.layers):
             found.update(layer.keys.transpose(1, 2), layer.values.transpose(1, 2), i)

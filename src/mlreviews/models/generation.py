@@ -27,7 +27,7 @@ from torch import Tensor
 from mlreviews.common.checks import check_count, check_number
 from mlreviews.models.causal_lm import CausalLM
 
-__all__ = ["GenerationResult", "Sampler", "Stops", "check_prompt", "draw", "flip", "generate", "stream"]
+__all__ = ["GenerationResult", "Sampler", "Stops", "check_prompt", "draw", "flip", "generate", "most_likely", "stream"]
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,14 @@ class Sampler:
         Raises:
             ValueError: NaN among the logits, or no token has a finite one.
         """
+        most_likely(logits)
         logits = logits.double() if logits.dtype == torch.float64 else logits.float()
-        best = logits.amax(-1, keepdim=True)
-        # NaN is the largest of any numbers, so the largest ones tell
-        if not bool(best.isfinite().all()):
-            raise ValueError("logits: expected numbers, with a finite one in each row, got NaN or infinity")
         if self.repetition_penalty != 1.0 and previous is not None:
             logits = self._penalised(logits, previous)
         if self.greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return self._filtered((logits / self.temperature).softmax(-1))
+        # the largest logit is moved to 0, which no temperature can make infinite
+        return self._filtered(((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1))
 
     def _penalised(self, logits: Tensor, previous: Tensor) -> Tensor:
         seen = torch.zeros_like(logits).scatter_add_(-1, previous.clamp(min=0), (previous >= 0).to(logits.dtype)) > 0
@@ -111,15 +109,29 @@ class Sampler:
     ) -> Int[Tensor, " batch"]:
         """One token for each row; arguments as of `probabilities` and `draw`."""
         if self.greedy and self.repetition_penalty == 1.0:  # no distribution is needed
-            if not bool(logits.amax().isfinite()):
-                raise ValueError("logits: expected finite numbers, got NaN or infinity")
-            return logits.argmax(-1)
+            return most_likely(logits)
         return draw(self.probabilities(logits, previous), generator)
 
 
 def _renormalised(p: Tensor, stays: Tensor) -> Tensor:
     p = p.masked_fill(~stays, 0.0)
     return p / p.sum(-1, keepdim=True)
+
+
+def most_likely(logits: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*batch"]:
+    """The largest logit's index, the first of several.
+
+    Args:
+        logits: [..., vocab].
+
+    Raises:
+        ValueError: NaN or infinity among the logits, or no token has a finite one.
+    """
+    best = logits.max(-1)
+    # NaN is the largest of any numbers, so the largest ones tell
+    if not bool(best.values.isfinite().all()):
+        raise ValueError("logits: expected numbers, with a finite one in each row, got NaN or infinity")
+    return best.indices
 
 
 def draw(p: Float[Tensor, "*batch vocab"], generator: torch.Generator | None = None) -> Int[Tensor, "*batch"]:
