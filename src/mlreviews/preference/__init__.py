@@ -1,13 +1,16 @@
 """Area preference: losses and procedures that learn from comparisons, rewards and verdicts."""
 
 from mlreviews.preference.apo import *
+from mlreviews.preference.cdpo import *
 from mlreviews.preference.dpo import *
 from mlreviews.preference.gspo import *
+from mlreviews.preference.kdpo import *
 from mlreviews.preference.logps import *
 from mlreviews.preference.losses import *
 from mlreviews.preference.open_rs import *
 from mlreviews.preference.ppo import *
 from mlreviews.preference.rewards import *
 from mlreviews.preference.rloo import *
+from mlreviews.preference.rso import *
 from mlreviews.preference.spurious_rewards import *
 from mlreviews.preference.trainer import *
