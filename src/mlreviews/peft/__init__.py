@@ -12,8 +12,12 @@
 """
 
 from mlreviews.common.adapter import *
+from mlreviews.peft.eva import *
+from mlreviews.peft.flexora import *
+from mlreviews.peft.fourierft import *
 from mlreviews.peft.intrinsic_dimension import *
 from mlreviews.peft.intruder_dimensions import *
 from mlreviews.peft.lora import *
 from mlreviews.peft.neftune import *
+from mlreviews.peft.slim import *
 from mlreviews.peft.svf import *
