@@ -1,6 +1,7 @@
 """Area preference: losses and procedures that learn from comparisons, rewards and verdicts."""
 
 from mlreviews.preference.apo import *
+from mlreviews.preference.bon_aware_sft import *
 from mlreviews.preference.cdpo import *
 from mlreviews.preference.dpo import *
 from mlreviews.preference.gspo import *
@@ -14,3 +15,4 @@ from mlreviews.preference.rloo import *
 from mlreviews.preference.rso import *
 from mlreviews.preference.spurious_rewards import *
 from mlreviews.preference.trainer import *
+from mlreviews.preference.unified_preference_gradient import *
