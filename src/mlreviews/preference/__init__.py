@@ -4,6 +4,7 @@ from mlreviews.preference.apo import *
 from mlreviews.preference.bon_aware_sft import *
 from mlreviews.preference.cdpo import *
 from mlreviews.preference.dpo import *
+from mlreviews.preference.dpo_vs_ppo import *
 from mlreviews.preference.gspo import *
 from mlreviews.preference.kdpo import *
 from mlreviews.preference.logps import *
