@@ -1,6 +1,8 @@
 """Area decoding: from a language model's logits to text, exactly and faster than one token a step, or better."""
 
 from mlreviews.decoding.adaptivedecoder import *
+from mlreviews.decoding.cllm import *
 from mlreviews.decoding.dola import *
 from mlreviews.decoding.genarm import *
 from mlreviews.decoding.jacobi_decoding import *
+from mlreviews.decoding.numeric_decoding_regression import *
