@@ -192,7 +192,7 @@ class CausalAttention(nn.Module):
         return attention(q, cache.keys, cache.values, mask=cache.mask)[0]
 
     def mix_tree(
-        self, q: Float[Tensor, "batch time heads dim"], cache: KVCache, tree: Bool[Tensor, "*batch time time"]
+        self, q: Float[Tensor, "batch time heads dim"], cache: KVCache, tree: Bool[Tensor, "*trees time time"]
     ) -> Float[Tensor, "batch time heads value_dim"]:
         """What the heads give for each token of a tree, the last of the cache.
 
@@ -226,8 +226,8 @@ class CausalAttention(nn.Module):
         state: Any = None,
         *,
         mask: Bool[Tensor, "batch time"] | None = None,
-        positions: Int[Tensor, "*batch time"] | None = None,
-        tree: Bool[Tensor, "*batch time time"] | None = None,
+        positions: Int[Tensor, "*rows time"] | None = None,
+        tree: Bool[Tensor, "*trees time time"] | None = None,
         shared: SharedLayout | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
         """Runs over a sequence.
@@ -273,8 +273,8 @@ class CausalAttention(nn.Module):
         state: KVCache | None,
         *,
         mask: Bool[Tensor, "batch time"] | None = None,
-        positions: Int[Tensor, "*batch time"] | None = None,
-        tree: Bool[Tensor, "*batch time time"] | None = None,
+        positions: Int[Tensor, "*rows time"] | None = None,
+        tree: Bool[Tensor, "*trees time time"] | None = None,
     ) -> SharedLayout:
         """What a pass over these arguments of `forward` needs in every layer of this kind.
 

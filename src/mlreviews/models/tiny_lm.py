@@ -250,8 +250,8 @@ class TinyLM(nn.Module):
         cache: LMCache | None = None,
         *,
         mask: Bool[Tensor, "batch time"] | None = None,
-        positions: Int[Tensor, "*batch time"] | None = None,
-        tree: Bool[Tensor, "*batch time time"] | None = None,
+        positions: Int[Tensor, "*rows time"] | None = None,
+        tree: Bool[Tensor, "*trees time time"] | None = None,
         hidden_states: bool = False,
     ) -> LMOutput:
         """Runs over the tokens that follow those of the cache.
