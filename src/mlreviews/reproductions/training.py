@@ -57,6 +57,7 @@ def training(
     *,
     weight_decay: float = 0.0,
     slower: Callable[[str], bool] = lambda name: False,
+    groups: list[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, float]]:
     """AdamW with gradients of norm 1 at most, and a rate that rises over a tenth of the updates and falls to 0.
 
@@ -67,15 +68,17 @@ def training(
         rate: the highest step size.
         weight_decay: of AdamW.
         slower: whether a parameter, by its name, takes a hundredth of the rate.
+        groups: parameters with their highest step sizes, in the place of rate and slower.
 
     Yields:
         After each update: its number, from 1 on, and the loss before it.
     """
     import torch
 
-    groups: list[dict[str, Any]] = [{"params": [], "lr": rate}, {"params": [], "lr": rate / 100}]
-    for name, parameter in model.named_parameters():
-        groups[slower(name)]["params"].append(parameter)
+    if groups is None:
+        groups = [{"params": [], "lr": rate}, {"params": [], "lr": rate / 100}]
+        for name, parameter in model.named_parameters():
+            groups[slower(name)]["params"].append(parameter)
     groups = [group for group in groups if group["params"]]
     # Models are so small that the time of an update goes into calls: one for all parameters is several times quicker.
     optimiser = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
