@@ -12,6 +12,7 @@ compulsory bytes as were counted once a kernel: a lower bound for the time, not 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from mlreviews_kernels import use_backend
 from mlreviews_kernels.adaptive_temperature_attention import adaptive_temperature_attention
 from mlreviews_kernels.attention import attention
-from mlreviews_kernels.backends import cores
+from mlreviews_kernels.backends import BackendError, cores
 from mlreviews_kernels.delta_rule import delta_rule
 from mlreviews_kernels.differential_attention import differential_attention
 from mlreviews_kernels.linear_scan import linear_scan
@@ -304,7 +305,8 @@ def _count(name: str) -> dict[str, list[Any]]:
     with use_backend("triton"), Compulsory() as compulsory:
         out, _ = work.function(**leaves)
         forward = counter.taken()
-        out.backward(torch.ones_like(out))
+        with contextlib.suppress(BackendError):  # there may be no kernels for it
+            out.backward(torch.ones_like(out))
         return {"kernels": [forward, counter.taken()], "compulsory": compulsory.bytes}
 
 
@@ -329,9 +331,10 @@ def traffic(names: list[str]) -> list[dict[str, Any]]:
     for name in track(names, "counting bytes", console=Console(stderr=True), transient=True):
         counted = _other_process({"TRITON_INTERPRET": "1"}, "--count", name)
         for i, direction in enumerate(("forward", "backward")):
-            kernels, compulsory = counted["kernels"][i], counted["compulsory"][i]
+            kernels = counted["kernels"][i]
             if not kernels:
-                continue  # PyTorch does it
+                continue  # only PyTorch does it
+            compulsory = counted["compulsory"][i]
             ratio, once = (sum(kernel[key] for kernel in kernels) / compulsory for key in ("moved", "once"))
             size, operations = _full_bytes(name)[i], WORK[name].operations[i]
             times = {"memory": once * size / BANDWIDTH, "arithmetic": operations / WORK[name].rate}

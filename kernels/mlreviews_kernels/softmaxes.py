@@ -105,26 +105,30 @@ def offsets_of_both(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Te
     return tuple(offsets_of(x.shape[0], x.shape[1], cu_seqlens, x.device) for x in (q, k))  # type: ignore[return-value]
 
 
-def chosen_for(core: Core, q: Tensor, width: int, widest: int = WIDEST) -> tuple[str, Tensor]:
-    """`ops.chosen`; what the Triton kernels can't take runs in the PyTorch of ``cpu.py``, unless they are asked for.
+def chosen_for(core: Core, q: Tensor, width: int, widest: int = WIDEST, *, backward: bool = True) -> tuple[str, Tensor]:
+    """`ops.chosen`; what the Triton kernels can't do runs in the PyTorch of ``cpu.py``, unless they are asked for.
 
     Args:
         core: the core.
         q: the queries.
         width: of the widest heads.
         widest: of the heads that the Triton kernels can take.
+        backward: whether there are Triton kernels for it. If not, the backward is handed "triton" only where that was
+            asked for by name, which it has to refuse.
 
     Raises:
         BackendError: a backend was asked for by name and can't be used.
     """
     choice = select(core, q.device)
     backend = choice.backend
+    by_name = choice.reason.startswith("asked for")
     if backend == "triton" and (q.dtype == torch.float64 or width > widest):
-        if choice.reason.startswith("asked for"):
+        if by_name:
             what = f"they compute in float32 and take heads of at most {widest}, these are {q.dtype} and {width} wide"
             raise BackendError(f"{core.name}: the Triton kernels {choice.reason} can't be used: {what}")
         backend = "cpu"
-    return backend, torch.tensor([BACKENDS.index(backend)], dtype=torch.int8)
+    later = "cpu" if backend == "triton" and not (backward or by_name) else backend
+    return backend, torch.tensor([BACKENDS.index(later)], dtype=torch.int8)
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:

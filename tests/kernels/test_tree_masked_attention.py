@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,8 +39,13 @@ def hostile_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def using(backend: str) -> AbstractContextManager[object]:
+    """Triton as the default on a GPU, with a backward in PyTorch; asked for by name, it has none."""
     stack = ExitStack()
-    stack.enter_context(use_backend({"compiled": "cpu", "vectorised": "cpu"}.get(backend, backend)))
+    if backend == "triton":
+        choice = Choice("triton", "the default on a GPU")
+        stack.enter_context(mock.patch.object(softmaxes, "select", return_value=choice))
+    else:
+        stack.enter_context(use_backend({"compiled": "cpu", "vectorised": "cpu"}.get(backend, backend)))
     if backend == "vectorised":
         stack.enter_context(without_compiled_code())
     return stack
@@ -390,19 +396,29 @@ def test_compiles_as_one_graph(unchecked: None) -> None:
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"dim": 129}, {"value_dim": 129}])
-def test_what_triton_cannot_do_is_refused_when_asked_for(
-    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_triton_cannot_do_is_refused_when_asked_for(change: dict[str, Any]) -> None:
     values = drawn(3, 6, **{"dtype": torch.float32, **change})
     message = "float64" if values["q"].dtype == torch.float64 else "129 wide"
-    with using("triton"), pytest.raises(BackendError, match=f"tree_masked_attention: .*{message}"):
+    with use_backend("triton"), pytest.raises(BackendError, match=f"tree_masked_attention: .*{message}"):
         tree_masked_attention(**values)
     # chosen by itself, on a GPU, PyTorch does it
-    monkeypatch.setattr(softmaxes, "select", lambda *_: Choice("triton", "the default on a GPU"))
     with using("triton"):
         found = with_gradients(values)
     with using("reference"):
         assert_close(found, with_gradients(convert(values, torch.float64)), 1e-5)
+
+
+def test_triton_asked_for_by_name_refuses_the_backward() -> None:
+    values = drawn(3, 6, dtype=torch.float32)
+    leaves = {**values, "q": values["q"].clone().requires_grad_()}
+    with use_backend("triton"):
+        found = tree_masked_attention(**leaves)
+    with using("reference"):
+        assert_close([*found], [*tree_masked_attention(**values)], 5e-6)
+    for x in found:
+        with pytest.raises(BackendError, match=r"^tree_masked_attention: .* by name have no backward"):
+            x.sum().backward(retain_graph=True)
+    assert leaves["q"].grad is None
 
 
 @pytest.mark.parametrize(

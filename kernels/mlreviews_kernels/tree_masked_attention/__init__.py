@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlreviews_kernels.arguments import check_shape
-from mlreviews_kernels.backends import Core
+from mlreviews_kernels.backends import BackendError, Core
 from mlreviews_kernels.ops import backend_of, empty_choice, gradients, implementation
 from mlreviews_kernels.softmaxes import check_layout, check_scale, chosen_for, without_autocast
 from mlreviews_kernels.tree_masked_attention import reference
@@ -59,7 +59,8 @@ def tree_masked_attention(
         ValueError: shapes or devices don't go together, or a length is not within the cache.
         TypeError: a dtype is none of float32, float64, bfloat16, float16, or they differ, the mask isn't boolean, or
             the lengths are no integers.
-        BackendError: the backend asked for by name can't be used.
+        BackendError: the backend asked for by name can't be used. Triton has no backward: asked for by name, it raises
+            there; picked by the device, it leaves the backward to PyTorch.
     """
     check_layout(("q", "k", "v"), q, k, v)
     check_layout(("q", "k_cache", "v_cache"), q, k_cache, v_cache)
@@ -135,7 +136,7 @@ def _attention(
     context = k_cache.shape[1]
     if lengths.device.type == "cpu" and not bool(((lengths >= 0) & (lengths <= context)).all()):
         raise ValueError(f"cache_lengths: expected numbers from 0 to the context {context}, got {lengths.tolist()}")
-    backend, choice = chosen_for(CORE, q, max(q.shape[3], v.shape[3]))
+    backend, choice = chosen_for(CORE, q, max(q.shape[3], v.shape[3]), backward=False)
     run = implementation(CORE, backend).tree_masked_attention
     with without_autocast(q):
         return *run(q, k, v, tree_mask, k_cache, v_cache, lengths, scale), choice
@@ -157,8 +158,12 @@ def _attention_backward(
     choice: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend = backend_of(choice)
+    if backend == "triton":
+        what = "the Triton kernels asked for by name have no backward; PyTorch's is used where no backend is asked for"
+        raise BackendError(f"{CORE.name}: {what}")
     with without_autocast(q):
-        if backend_of(choice) == "reference":
+        if backend == "reference":
             function = partial(_reference, (tree_mask, lengths, scale))
             found = gradients(function, (q, k, v, k_cache, v_cache), (grad_out, grad_lse))
         else:
