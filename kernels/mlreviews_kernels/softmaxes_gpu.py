@@ -332,8 +332,9 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, double
     narrow = kernel is grad_kv_kernel if double else width == WIDEST and kernel in (forward_kernel, grad_kv_kernel)
     narrow = narrow or kernel is delta_kernel or (double and width == WIDEST and kernel is forward_kernel)
     step = max(16, SIDE // 4) if narrow or not half else SIDE // 2
-    if double and kernel is grad_q_kernel and width == 64 and not (half or exact):
-        step = SIDE // 2  # with fewer keys ptxas stops at 128 registers, and spills
+    if double and kernel is grad_q_kernel and width == 64 and not half:
+        # with fewer keys ptxas stops at 80 or 128 registers, and spills
+        side, step = max(16, SIDE // 4) if exact else SIDE // 2, SIDE // 2
     if double and kernel is grad_kv_kernel and not half and (exact or width == WIDEST):
         side = step
     by_keys = kernel is grad_kv_kernel or (not half and kernel is delta_kernel)

@@ -237,16 +237,18 @@ KERNELS = (entropy_kernel, forward_kernel, grad_q_kernel, grad_kv_kernel)
 
 def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int) -> dict[str, Any]:
     """Compile-time constants, and warps."""
-    exact = dtype == torch.float32 and precision == "ieee"
-    side = SIDE if dtype.itemsize == 2 else SIDE // 2
-    backward = kernel in (grad_q_kernel, grad_kv_kernel)  # two accumulators of their own
-    step = 16 if backward and width == WIDTHS[-1] else max(16, side // 2)
-    if kernel is grad_kv_kernel and exact and width == 64:
-        step = side
+    full = dtype == torch.float32
+    exact = full and precision == "ieee"
+    side = SIDE if not full else SIDE // 2
+    step = 16 if kernel is grad_kv_kernel and width == WIDTHS[-1] else max(16, side // 2)
     sizes = {"ROWS": step, "KEYS": side} if kernel is grad_kv_kernel else {"ROWS": side, "KEYS": step}
-    few = width == 32 and not exact
-    if backward:
-        few = width == 64 and dtype == torch.float32 and step < side
+    # as few as hold the tiles on every chip
+    if kernel is grad_kv_kernel:
+        few = width >= 64 and full and not exact
+    elif kernel is grad_q_kernel:
+        few = width == 64 and full
+    else:
+        few = width == 32 and not exact and kernel is forward_kernel
     return {**sizes, "DIM": width, "PRECISION": precision, "num_warps": 4 if few else 8, "num_stages": 1}
 
 

@@ -1,7 +1,7 @@
 """Triton kernels of `tree_masked_attention`: stretches of the cache side by side, then the tree and all of it merged.
 
-The rows of a program are the tokens of the tree times the heads of a group: all of them share the loads of K and V. The
-backward is that of ``cpu.py``, in PyTorch. In float32 products are exact unless
+The rows of a program are the tokens of the tree times the heads of a group: all of them share the loads of K and V.
+There is no backward here: that of ``cpu.py``, in PyTorch, serves on a GPU, too. In float32 products are exact unless
 `torch.set_float32_matmul_precision` asks for less.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mlreviews_kernels.static import Launch
 
 ROWS = (16, 32, 64)  # of a program
-SIDE = 64  # keys of a tile in half precision; half as many in float32
+SIDE = 64  # keys of a tile in half precision; half as many in float32, a quarter in tf32
 STRETCH = 256  # keys of a program, at least, in whole tiles
 PROGRAMS = 264  # as many stretches as give that many programs, two for each multiprocessor of an H100
 WIDTHS = (32, 64, 128)  # heads that there are kernels for, filled up with zeros
@@ -139,10 +139,14 @@ def _heights(dtype: torch.dtype, precision: str) -> tuple[int, ...]:
 
 def _options(dtype: torch.dtype, precision: str, rows: int, width: int) -> dict[str, Any]:
     """Compile-time constants, and warps."""
-    keys = SIDE if dtype.itemsize == 2 else max(16, SIDE // 2)
-    sizes = {"ROWS": rows, "KEYS": keys, "DIM": width, "PRECISION": precision}
     exact = dtype == torch.float32 and precision == "ieee"
-    many = width >= 64 if exact else width == 128 and rows in (16, 64)
+    # with more keys, or fewer warps for 32 rows, one chip or another spills
+    if dtype.itemsize == 2:
+        keys = SIDE // 2 if rows == 32 and width == 128 else SIDE
+    else:
+        keys = max(16, SIDE // 2 if exact else SIDE // 4)
+    sizes = {"ROWS": rows, "KEYS": keys, "DIM": width, "PRECISION": precision}
+    many = width >= 64 if exact else width == 128 or rows == 32
     return {**sizes, "num_warps": 8 if many else 4, "num_stages": 2}
 
 
