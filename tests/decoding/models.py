@@ -168,8 +168,9 @@ def law_of_chain(
         if len(tokens) == new or (stop is not None and stop in tokens):
             law[(tokens,)] = weight
             return
-        logits = model(torch.cat([ids, torch.tensor([tokens], dtype=torch.int64)], 1)).logits[:, -1]
-        for token, p in enumerate(sampler.probabilities(logits.double())[0].tolist()):
+        whole = torch.cat([ids, torch.tensor([tokens], dtype=torch.int64)], 1)
+        logits = model(whole).logits[:, -1].double()
+        for token, p in enumerate(sampler.probabilities(logits, whole)[0].tolist()):
             if p > 0:
                 follow((*tokens, token), weight * p)
 
