@@ -7,6 +7,7 @@ from mlreviews.decoding.eagle import *
 from mlreviews.decoding.eagle_2 import *
 from mlreviews.decoding.genarm import *
 from mlreviews.decoding.jacobi_decoding import *
+from mlreviews.decoding.lookahead_decoding import *
 from mlreviews.decoding.medusa import *
 from mlreviews.decoding.numeric_decoding_regression import *
 from mlreviews.decoding.speculative_decoding import *
