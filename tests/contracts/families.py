@@ -50,11 +50,17 @@ def _is_preference_loss(thing: object) -> bool:
     return signature.return_annotation == "PreferenceLoss" and "policy_chosen_logps" in signature.parameters
 
 
+def _is_decoder(thing: object) -> bool:
+    asked = {"input_ids", "max_new_tokens", "sampler", "generator", "stop_tokens"}
+    return inspect.isfunction(thing) and asked <= set(inspect.signature(thing).parameters)
+
+
 # family -> what makes a public name a member.  The batteries of the families that DESIGN.md lists arrive with their
 # first member: a predicate here, and test_<family>.py beside it.
 FAMILIES: dict[str, Callable[[object], bool]] = {
     "adapter": _is_adapter,
     "attention_layer": _is_attention_layer,
+    "decoder": _is_decoder,
     "module": _is_module,
     "optimiser": _is_optimiser,
     "preference_loss": _is_preference_loss,

@@ -1,0 +1,257 @@
+"""Tokens per second of the decoders on the shipped models, against plain decoding and transformers' own.
+
+Every decoder continues the same prompts, held-out lines of Python's standard library, one prompt a row and in turn, so
+that a machine that slows down slows all of them. Given are medians over the prompts. transformers runs the same
+weights, loaded into its Llama.
+
+Beside the measured speed-up stands the predicted one, where a draft model makes fixed drafts: (1 - a^(k+1)) / ((1 - a)
+(c k + 1)) with a the mean of sum min(p, q) over the generated text and c the measured cost of a pass of the draft in
+passes of the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from harness import Measurement, parser, report, use_threads
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mlreviews import decoding
+from mlreviews.datasets import python_source
+from mlreviews.decoding import (
+    PromptLookup,
+    SVIPPolicy,
+    acceptance_probability,
+    expected_speedup,
+    speculative_generate,
+)
+from mlreviews.decoding.lookahead_decoding import lookahead_decode
+from mlreviews.models import GenerationResult, Sampler, TinyLM, generate, load_pretrained
+
+PROMPT, NEW = 128, 128  # tokens; a token is a byte
+LENGTH = 4  # of fixed drafts
+SPECULATIVE, PLAIN = f"speculative, {LENGTH} tokens", "plain"
+
+Decoder = Callable[[Tensor, int, Sampler, int], GenerationResult]  # prompt, new tokens, sampler, seed
+
+
+@dataclass(frozen=True)
+class Models:
+    """The shipped pair, and the same weights as models of transformers."""
+
+    target: TinyLM
+    draft: TinyLM
+    llama: Any
+    llama_draft: Any
+
+
+@cache
+def models() -> Models:
+    target, draft = load_pretrained("python-target"), load_pretrained("python-draft")
+    return Models(target, draft, as_llama(target), as_llama(draft))
+
+
+def as_llama(model: TinyLM) -> Any:
+    """A transformers Llama with the weights of a `TinyLM`, which has its parameters' names."""
+    c = model.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        intermediate_size=len(model.state_dict()["layers.0.mlp.gate_proj.weight"]),
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads or c.heads,
+        rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.context or 1024,
+        tie_word_embeddings=c.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    llama = LlamaForCausalLM(config).eval()
+    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()}
+    llama.load_state_dict({names[name]: x for name, x in model.state_dict().items()})
+    return llama
+
+
+def plain(ids: Tensor, new: int, sampler: Sampler, seed: int) -> GenerationResult:
+    return generate(models().target, ids, new, sampler=sampler, generator=_rng(seed))
+
+
+def speculative(ids: Tensor, new: int, sampler: Sampler, seed: int, **options: Any) -> GenerationResult:
+    drafter = options.pop("drafter", models().draft)
+    return speculative_generate(models().target, drafter, ids, new, sampler=sampler, generator=_rng(seed), **options)
+
+
+def lookahead(ids: Tensor, new: int, sampler: Sampler, seed: int, **options: Any) -> GenerationResult:
+    return lookahead_decode(models().target, ids, new, sampler=sampler, generator=_rng(seed), **options)
+
+
+def peer(ids: Tensor, new: int, sampler: Sampler, seed: int, *, assisted: bool = False, **options: Any) -> Any:
+    """transformers' generate; what it drafts is not told."""
+    torch.manual_seed(seed)
+    if assisted:
+        assistant = models().llama_draft
+        assistant.generation_config.num_assistant_tokens = LENGTH
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        options["assistant_model"] = assistant
+    if not sampler.greedy:
+        options |= {"do_sample": True, "temperature": sampler.temperature, "top_k": 0, "top_p": 1.0}
+    else:
+        options |= {"do_sample": False}
+    whole = models().llama.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=0, **options
+    )
+    return GenerationResult(whole[:, ids.shape[1] :], torch.tensor([whole.shape[1] - ids.shape[1]]), 0)
+
+
+def decoders() -> dict[str, Decoder]:
+    """Name -> decoder; plain decoding last, with which all are compared."""
+    policy = SVIPPolicy()
+    found: dict[str, Decoder] = {
+        "transformers generate": peer,
+        "transformers assisted": partial(peer, assisted=True),
+        "transformers prompt lookup": partial(peer, prompt_lookup_num_tokens=10),
+        SPECULATIVE: partial(speculative, draft_length=LENGTH),
+        "SVIP": partial(speculative, draft_length=policy.max_len, stop_drafting=policy.should_stop),
+        "prompt lookup": partial(speculative, drafter=PromptLookup(), draft_length=16),
+        "lookahead": partial(lookahead, window=8, ngram=5, guesses=8),
+        **trained(),
+        PLAIN: plain,
+    }
+    return found
+
+
+def trained() -> dict[str, Decoder]:
+    """The decoders whose trained drafters ship: ``python-eagle`` and so on."""
+    found: dict[str, Decoder] = {}
+    for name, function, load, options in (
+        ("EAGLE", "eagle_generate", "load_eagle", {}),
+        ("EAGLE-2", "eagle2_generate", "load_eagle", {"total_tokens": 24}),
+        ("Medusa", "medusa_generate", "load_medusa", {}),
+    ):
+        if hasattr(decoding, function) and hasattr(decoding, load):
+            found[name] = partial(_trained, getattr(decoding, function), getattr(decoding, load)(), options)
+    return found
+
+
+def _trained(
+    function: Any, drafter: Any, options: dict[str, Any], ids: Tensor, new: int, sampler: Sampler, seed: int
+) -> GenerationResult:
+    return function(models().target, drafter, ids, new, sampler=sampler, generator=_rng(seed), **options)
+
+
+def prompts(count: int, length: int) -> Tensor:
+    """Held-out text at places that a seed chooses, [count, length]."""
+    windows = python_source().validation.batches(length, count, _rng(7), within_documents=True)
+    return next(windows)[:, :length]
+
+
+def _rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def overlap(text: Tensor, sampler: Sampler, start: int) -> float:
+    """Mean of sum min(p, q) over the places of a text [1, time] from `start` on: the acceptance rate to expect."""
+    p, q = (sampler.probabilities(m(text).logits[0, start - 1 : -1]) for m in (models().target, models().draft))
+    return float(acceptance_probability(p, q).mean())
+
+
+def timed(ids: Tensor, new: int, sampler: Sampler) -> tuple[list[Measurement], float, float, list[str]]:
+    """Every decoder on every prompt: the measurements, the mean overlap, c, and who differed from plain decoding."""
+    ways = decoders()
+    found = {name: Measurement(name, [], None) for name in ways}
+    counts: dict[str, list[GenerationResult]] = {name: [] for name in ways}
+    overlaps: list[float] = []
+    costs: list[float] = []
+    differing: set[str] = set()
+    for name in ways:  # what is loaded or compiled on first use
+        ways[name](ids[:1], 8, sampler, 0)
+    for row in track(range(len(ids)), "timing", console=Console(stderr=True), transient=True):
+        prompt = ids[row : row + 1]
+        for name, decode in ways.items():
+            start = time.perf_counter()
+            result = decode(prompt, new, sampler, row)
+            found[name].seconds.append(time.perf_counter() - start)
+            counts[name].append(result)
+        start = time.perf_counter()
+        generate(models().draft, prompt, new, sampler=sampler, generator=_rng(row))
+        costs.append((time.perf_counter() - start) / found[PLAIN].seconds[-1])
+        text = counts[PLAIN][-1].tokens
+        overlaps.append(overlap(torch.cat([prompt, text], 1), sampler, prompt.shape[1]))
+        if sampler.greedy:
+            differing |= {name for name in ways if not torch.equal(counts[name][-1].tokens, text)}
+    acceptance, cost = statistics.fmean(overlaps), statistics.median(costs)
+    for name, m in found.items():
+        m.notes |= numbers(counts[name], m, new)
+        m.notes["speed_up"] = found[PLAIN].median / m.median
+        m.notes["predicted"] = expected_speedup(acceptance, LENGTH, cost) if name == SPECULATIVE else math.nan
+    return list(found.values()), acceptance, cost, sorted(differing)
+
+
+def numbers(results: list[GenerationResult], m: Measurement, new: int) -> dict[str, float]:
+    """Tokens a second and a pass of the target, and how many of the tokens that were tested were accepted."""
+    calls = sum(r.target_calls for r in results)
+    tested = accepted = 0
+    for r in results:
+        if r.accepted is not None and r.drafted is not None:
+            accepted += int(r.accepted.clamp(min=0).sum())
+            tested += int(torch.minimum(r.accepted + 1, r.drafted).clamp(min=0).sum())
+    return {
+        "tokens_per_second": new / m.median,
+        "tokens_per_call": sum(float(r.lengths.sum()) for r in results) / calls if calls else math.nan,
+        "acceptance": accepted / tested if tested else math.nan,
+    }
+
+
+def show(title: str, found: list[Measurement]) -> None:
+    table = Table("decoder", title=title)
+    for heading in ("tokens/s", "speed-up", "predicted", "tokens/pass", "acceptance"):
+        table.add_column(heading, justify="right")
+    for m in found:
+        keys = ("tokens_per_second", "speed_up", "predicted", "tokens_per_call", "acceptance")
+        digits = (0, 2, 2, 2, 2)
+        cells = [f"{m.notes[k]:.{d}f}" if math.isfinite(m.notes[k]) else "" for k, d in zip(keys, digits, strict=True)]
+        table.add_row(m.name, *cells)
+    Console().print(table)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    use_threads(arguments.threads)
+    count, new = (3, 32) if arguments.quick else (arguments.rounds or 31, NEW)
+    ids = prompts(count, PROMPT)
+    for temperature in (0, 1):
+        found, acceptance, cost, differing = timed(ids, new, Sampler(float(temperature)))
+        name = f"decoding_temperature_{temperature}_{torch.get_num_threads()}_threads"
+        show(
+            f"{name}: {count} prompts of {PROMPT} bytes, {new} new; sum min(p, q) {acceptance:.3f}, c {cost:.3f}", found
+        )
+        if differing:
+            Console().print("other tokens than plain decoding on a prompt or more: " + ", ".join(differing))
+        settings = {
+            "prompts": count,
+            "prompt tokens": PROMPT,
+            "new tokens": new,
+            "temperature": temperature,
+            "sum min(p, q)": float(f"{acceptance:.4g}"),
+            "cost of a pass of the draft": float(f"{cost:.4g}"),
+            "decoders with other greedy tokens": ", ".join(differing) or "no",
+        }
+        report(name, found, arguments, settings=settings)
+
+
+if __name__ == "__main__":
+    main(parser(__doc__).parse_args())
