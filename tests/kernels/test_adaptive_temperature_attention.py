@@ -142,6 +142,14 @@ def test_equals_the_listing(backend: str, queries: int, keys: int, options: dict
     assert_close([*found], [*expected], 1e-12 if dtype == torch.float64 else 5e-6)
 
 
+@pytest.mark.parametrize(("coefficients", "threshold"), [((2.0,), 0.5), ((1.0, 0.5), 0.0)])
+def test_at_the_threshold_and_at_a_factor_of_one_nothing_changes(
+    coefficients: tuple[float, ...], threshold: float
+) -> None:
+    beta, slope = reference.inverse_temperature(torch.tensor([0.5]), coefficients, threshold)
+    assert (beta.item(), slope.item()) == (1.0, 0.0)
+
+
 def test_the_examples_sharpen_and_leave_alone() -> None:
     entropy = dense(*drawn(18, 18))[1]
     beta, slope = reference.inverse_temperature(entropy, COEFFICIENTS, 0.5)

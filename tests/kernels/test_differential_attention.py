@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mlreviews_kernels import BackendError, softmaxes
 from mlreviews_kernels.attention import attention
+from mlreviews_kernels.backends import Choice
 from mlreviews_kernels.differential_attention import differential_attention
 from tests.kernels.test_attention import (
     CHECKS,
@@ -309,12 +311,32 @@ def test_op_is_registered_properly() -> None:
     op: Callable[..., Any] = torch.ops.mlreviews.differential_attention
     arguments = (*tokens, lam.requires_grad_(), mask, offsets * 5, offsets * 7, True, 0.3)
     torch.library.opcheck(op, arguments, test_utils=CHECKS)
+    assert not op(*arguments)[1].requires_grad  # the log-sum-exps are for the backward alone
 
 
 def test_compiles_as_one_graph(unchecked: None) -> None:
     inputs = drawn(9, 11, dtype=torch.float32)
     compiled = torch.compile(differential_attention, fullgraph=True, backend="aot_eager")
     assert_close(run(inputs, function=compiled), run(inputs), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "backend"), [(128, 256, "triton"), (129, 4, "cpu"), (4, 257, "cpu"), (4, 256, "triton")]
+)
+def test_values_may_be_twice_as_wide_in_triton(
+    dim: int, value_dim: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("mlreviews_kernels.differential_attention")
+    used = []
+
+    def implementation(_: object, name: str) -> object:
+        used.append(name)
+        return importlib.import_module("mlreviews_kernels.differential_attention.cpu")
+
+    monkeypatch.setattr(module, "implementation", implementation)
+    monkeypatch.setattr(softmaxes, "select", lambda *_: Choice("triton", "the default on a GPU"))
+    differential_attention(*drawn(1, 2, dim=dim, value_dim=value_dim, dtype=torch.float32))
+    assert used == [backend]
 
 
 @pytest.mark.parametrize(

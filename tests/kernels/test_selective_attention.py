@@ -261,6 +261,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
     return scaled_dot_product_attention(q, k, v, attn_mask=add, enable_gqa=True).transpose(1, 2)
 
 
+def test_the_first_head_selects_unless_another_is_named() -> None:
+    values = convert(drawn(5, 7), torch.float32)
+    first, second = (selective_attention(**values, selector=selector)[1] for selector in (0, 1))
+    assert torch.equal(selective_attention(**values)[1], first)
+    assert torch.equal(selective_attention_with_memory(**values)[1], first)
+    assert not torch.equal(first, second)
+
+
 def without_selection(queries: int, keys: int) -> Inputs:
     """The selector's logits (head 1 of 4) are all negative."""
     values = convert(drawn(queries, keys), torch.float32)

@@ -58,6 +58,13 @@ def test_offsets_of_rows_of_different_lengths() -> None:
         offsets_of_both(q[:1], k[:1], torch.tensor([0, 3]))
 
 
+def test_offsets_stay_when_the_caller_changes_his() -> None:
+    q, cu_seqlens = drawn(3, 3)[0][:1], torch.tensor([0, 1, 3])
+    found = offsets_of_both(q, q, cu_seqlens)
+    cu_seqlens[1] = 2
+    assert [x.tolist() for x in found] == [[0, 1, 3], [0, 1, 3]]
+
+
 def test_the_scale_is_that_of_the_width_unless_given() -> None:
     assert check_scale(None, 16) == 0.25
     assert check_scale(2, 16) == 2.0
@@ -82,6 +89,19 @@ def test_what_triton_takes(dtype: torch.dtype, width: int, fits: bool, monkeypat
                 chosen_for(CORE, q, width)
     with use_backend("reference"):
         assert chosen_for(CORE, q, width)[0] == "reference"
+
+
+def test_a_backward_that_triton_lacks_is_left_to_pytorch_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1)
+    monkeypatch.setattr(softmaxes, "select", lambda *_: Choice("triton", "the default on a GPU"))
+    backend, choice = chosen_for(CORE, q, 4, backward=False)
+    assert (backend, choice.tolist()) == ("triton", [1])
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name, expected in (("reference", 0), ("triton", 2)):
+        with use_backend(name):
+            backend, choice = chosen_for(CORE, q, 4, backward=False)
+        assert (backend, choice.tolist()) == (name, [expected])
 
 
 def test_a_few_queries_over_a_cache_are_not_worth_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ from mlreviews_kernels import softmaxes, use_backend
 from mlreviews_kernels.attention import attention, merge_attention
 from mlreviews_kernels.backends import BackendError, Choice
 from mlreviews_kernels.compiled import without_compiled_code
-from mlreviews_kernels.tree_masked_attention import ancestor_mask, cpu, tree_masked_attention
+from mlreviews_kernels.tree_masked_attention import ancestor_mask, cpu, reference, tree_masked_attention
 
 Inputs = dict[str, Tensor]
 FLOATS = ("q", "k", "v", "k_cache", "v_cache")
@@ -406,6 +407,14 @@ def test_what_triton_cannot_do_is_refused_when_asked_for(change: dict[str, Any])
         found = with_gradients(values)
     with using("reference"):
         assert_close(found, with_gradients(convert(values, torch.float64)), 1e-5)
+
+
+@pytest.mark.parametrize(("backend", "other"), [("reference", cpu), ("vectorised", reference)])
+def test_backward_is_that_of_the_forward(backend: str, other: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tree_masked_attention", "tree_masked_attention_backward"):
+        monkeypatch.setattr(other, name, None, raising=False)
+    with using(backend):
+        with_gradients(drawn(3, 6))
 
 
 def test_triton_asked_for_by_name_refuses_the_backward() -> None:
