@@ -161,5 +161,5 @@ def draw(outcome: Outcome) -> Figure:
         xlabel="margin of log ratios, split evenly (nats)",
         ylabel="coefficient / its largest size",
     )
-    axis.legend(ncols=2)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
