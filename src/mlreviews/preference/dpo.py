@@ -53,10 +53,10 @@ Symbols:
 
 Defaults:
     beta: 0.1 (DPO, appendix B).
-    beta of simpo_loss, gamma: 2 and 1 (within the ranges of SimPO, table 7).
+    beta of simpo_loss, gamma: 2 and 1 (the authors' settings for Llama-3-8B).
     epsilon of exo_pair_loss: 1e-3 (the default of trl).
     tau: 0.05 (DiscoPOP, section 4).
-    lambda_D, lambda_U: 1 (KTO, section 4.2).
+    lambda_D, lambda_U: 1 (KTO, section 4).
 
 Deviations:
     1. IPO is stated with summed log-probabilities; its authors' runs average them over the tokens, as trl does. Both
