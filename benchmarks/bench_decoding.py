@@ -28,17 +28,23 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlreviews import decoding
 from mlreviews.datasets import python_source
 from mlreviews.decoding import (
+    EagleDraft,
+    MedusaHeads,
     PromptLookup,
     SVIPPolicy,
     acceptance_probability,
+    eagle2_generate,
+    eagle_generate,
     expected_speedup,
+    jacobi_decode,
+    lookahead_decode,
+    medusa_generate,
     speculative_generate,
 )
-from mlreviews.decoding.lookahead_decoding import lookahead_decode
 from mlreviews.models import GenerationResult, Sampler, TinyLM, generate, load_pretrained
+from mlreviews.models.causal_lm import PRETRAINED
 
 PROMPT, NEW = 128, 128  # tokens; a token is a byte
 LENGTH = 4  # of fixed drafts
@@ -98,6 +104,10 @@ def lookahead(ids: Tensor, new: int, sampler: Sampler, seed: int, **options: Any
     return lookahead_decode(models().target, ids, new, sampler=sampler, generator=_rng(seed), **options)
 
 
+def jacobi(ids: Tensor, new: int, sampler: Sampler, seed: int) -> GenerationResult:
+    return jacobi_decode(models().target, ids, new, sampler=sampler, generator=_rng(seed))
+
+
 def peer(ids: Tensor, new: int, sampler: Sampler, seed: int, *, assisted: bool = False, **options: Any) -> Any:
     """transformers' generate; what it drafts is not told."""
     torch.manual_seed(seed)
@@ -127,7 +137,8 @@ def decoders() -> dict[str, Decoder]:
         SPECULATIVE: partial(speculative, draft_length=LENGTH),
         "SVIP": partial(speculative, draft_length=policy.max_len, stop_drafting=policy.should_stop),
         "prompt lookup": partial(speculative, drafter=PromptLookup(), draft_length=16),
-        "lookahead": partial(lookahead, window=8, ngram=5, guesses=8),
+        "Jacobi": jacobi,
+        "lookahead": partial(lookahead, window=3, ngram=5, guesses=4),
         **trained(),
         PLAIN: plain,
     }
@@ -135,15 +146,14 @@ def decoders() -> dict[str, Decoder]:
 
 
 def trained() -> dict[str, Decoder]:
-    """The decoders whose trained drafters ship: ``python-eagle`` and so on."""
+    """The decoders whose trained drafters ship."""
     found: dict[str, Decoder] = {}
-    for name, function, load, options in (
-        ("EAGLE", "eagle_generate", "load_eagle", {}),
-        ("EAGLE-2", "eagle2_generate", "load_eagle", {"total_tokens": 24}),
-        ("Medusa", "medusa_generate", "load_medusa", {}),
-    ):
-        if hasattr(decoding, function) and hasattr(decoding, load):
-            found[name] = partial(_trained, getattr(decoding, function), getattr(decoding, load)(), options)
+    if (PRETRAINED / "python-eagle").is_dir():
+        eagle = EagleDraft.load("python-eagle")
+        found["EAGLE"] = partial(_trained, eagle_generate, eagle, {})
+        found["EAGLE-2"] = partial(_trained, eagle2_generate, eagle, {"total_tokens": 24})
+    if (PRETRAINED / "python-medusa").is_dir():
+        found["Medusa"] = partial(_trained, medusa_generate, MedusaHeads.load("python-medusa"), {})
     return found
 
 
