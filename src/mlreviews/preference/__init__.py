@@ -11,9 +11,12 @@ from mlreviews.preference.logps import *
 from mlreviews.preference.losses import *
 from mlreviews.preference.open_rs import *
 from mlreviews.preference.ppo import *
+from mlreviews.preference.regularised_rm_ensembles import *
 from mlreviews.preference.rewards import *
 from mlreviews.preference.rloo import *
 from mlreviews.preference.rso import *
 from mlreviews.preference.spurious_rewards import *
+from mlreviews.preference.symdpo import *
 from mlreviews.preference.trainer import *
 from mlreviews.preference.unified_preference_gradient import *
+from mlreviews.preference.warm import *

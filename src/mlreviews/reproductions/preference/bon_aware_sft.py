@@ -172,5 +172,6 @@ def draw(outcome: Outcome) -> Figure:
             style = "-" if name.startswith("exact") else "--"
             axis.semilogx(outcome.series["samples"], values, style, base=2, marker="o", markersize=4, label=name)
     axis.set(title="Trained for one sample or for eight", xlabel="samples drawn", ylabel="share of questions passed")
+    axis.set_ylim(0.1, 1.05)
     axis.legend()
     return figure
