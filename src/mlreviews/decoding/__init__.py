@@ -5,6 +5,7 @@ from mlreviews.decoding.cllm import *
 from mlreviews.decoding.dola import *
 from mlreviews.decoding.eagle import *
 from mlreviews.decoding.eagle_2 import *
+from mlreviews.decoding.gated_lora_mtp import *
 from mlreviews.decoding.genarm import *
 from mlreviews.decoding.jacobi_decoding import *
 from mlreviews.decoding.lookahead_decoding import *

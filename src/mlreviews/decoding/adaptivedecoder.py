@@ -26,7 +26,7 @@ Symbols:
 
 Defaults:
     temperatures: 0, 0.2, 0.4, 0.6, 0.8, 1 (section 4.3; 1.2 as well for majority votes, table 3).
-    hidden: d_model units (ours), in three layers with SiLU (section 3.1).
+    hidden: d_model units (ours), in three layers with SiLU (section 3).
     beta: 0.1 (ours).
 
 Deviations:

@@ -22,9 +22,9 @@ Symbols:
     w: weight of the loss on the end.
 
 Defaults:
-    n: 16 tokens (section 4.1: 16 for most tasks, 32 for code).
+    n: 16 tokens (the paper trains with 16 to 256).
     ar_weight: 10 (the authors' training script).
-    loss: global, which the paper finds to be better than local (section 4.4).
+    loss: global, which the paper finds to be better than local.
 
 Deviations:
     1. Means over the tokens, where the paper's equations sum and the authors' code takes the mean of those tokens that

@@ -22,7 +22,7 @@ Symbols:
 
 Defaults:
     beta_r: 0.05 (the authors' training runs are named by it).
-    beta: 1 (section 6.1).
+    beta: 1 (the authors' generation scripts).
     weights: 1 for each reward model (ours).
 
 Deviations:

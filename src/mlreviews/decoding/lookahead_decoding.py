@@ -24,7 +24,7 @@ Defaults:
     window: 15 (section 5, for 7 billion parameters on an A100; a CPU wants less).
     ngram: 5 (section 5).
     guesses: 15 (section 5).
-    prompt_ngrams: True, n-grams of the prompt are in the pool from the start (section 5.3, "prompt as reference").
+    prompt_ngrams: True, n-grams of the prompt are in the pool from the start (the ablation "prompt as reference").
 
 Deviations:
     1. Guesses that begin alike share their nodes: all that a pass computes is one tree, whose root is the last certain

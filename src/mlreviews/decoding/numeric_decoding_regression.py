@@ -24,7 +24,7 @@ Symbols:
 Defaults:
     lambda_1, lambda_2: 1 (ours; the paper finds the results little sensitive to them).
     sigma: the distance of the centres (ours).
-    centres and values: trained, from evenly spaced ones on (section 4).
+    centres and values: trained, from evenly spaced ones on (ours).
 
 Deviations:
     1. The encoder is the softmax of equation (1) with trained centres and width, not a network.
