@@ -25,10 +25,10 @@ Symbols:
     L: loss of DPO, in nats; m: its margin.
 
 Defaults:
-    beta: none; 0.1 in the paper's experiments on dialogue.
-    gamma, lam: 1 and 0.95 (the paper's code).
-    clip, value_clip: 0.2 and 0.2 (the paper's code).
-    value_weight: 0.5 (ours; the paper trains the critic by an optimiser of its own).
+    beta: none, the caller's choice.
+    gamma, lam: 1 and 0.95 (ours: an answer is not discounted; lam as in `ppo`).
+    clip, value_clip: 0.2 and 0.2 (as in `ppo`).
+    value_weight: 0.5 (ours).
 
 Deviations:
     1. Advantages are computed and normalised over the whole batch by a function of their own, so that micro-batches

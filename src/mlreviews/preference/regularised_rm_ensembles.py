@@ -19,7 +19,7 @@ Symbols:
     r_m: [members, ...], rewards of the members.
 
 Defaults:
-    center: 0.01 (section 4).
+    center: 0.01 (the paper's eta).
     k: 1 (ours; the paper subtracts the standard deviation itself).
 
 Deviations:

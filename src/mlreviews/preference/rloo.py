@@ -24,8 +24,8 @@ Symbols:
     beta: reward per nat of divergence.
 
 Defaults:
-    beta: none; 0.03 and 0.1 in the paper's experiments on TL;DR and HH.
-    group_size: none; k = 2 and 4 in the paper (table 1).
+    beta: none, the caller's choice.
+    group_size: none; k = 2 and 4 in the paper's experiments.
     clip: 0.2 for the clipped variant (as PPO; the paper does without).
 
 Deviations:

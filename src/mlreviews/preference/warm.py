@@ -19,7 +19,7 @@ Symbols:
     lambda: place on the line between two members.
 
 Defaults:
-    weights: equal (equation 4 of the paper).
+    weights: equal (the paper's average).
     points: 11 (ours).
 
 Deviations:

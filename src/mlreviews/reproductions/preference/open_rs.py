@@ -48,37 +48,37 @@ def run(settings: Settings) -> Outcome:
     claims = [
         measure(
             "GRPO on verified answers raises accuracy (difference to the first policy)",
-            f"{PAPER}, section 4",
+            f"{PAPER}, experiments",
             (ends["accuracy", plain] - ends["first accuracy", plain]).tolist(),
             at_least=0.0,
         ),
         measure(
             "The cosine reward makes answers shorter than accuracy alone (length ratio)",
-            f"{PAPER}, section 4.3",
+            f"{PAPER}, on the cosine reward",
             (ends["length", cosine] / ends["length", plain]).tolist(),
             at_most=1.0,
         ),
         measure(
             "... at no more than three points of accuracy (difference)",
-            f"{PAPER}, table 1",
+            f"{PAPER}, experiments",
             (ends["accuracy", cosine] - ends["accuracy", plain]).tolist(),
             at_least=-0.03,
         ),
         measure(
             "GRPO's division by the length makes wrong answers longer where thinking helps (length ratio to Dr. GRPO)",
-            f"{DR_GRPO}, section 3.1",
+            f"{DR_GRPO}, on the bias of GRPO",
             (ends["length if wrong", plain] / ends["length if wrong", doctor]).tolist(),
             at_least=1.0,
         ),
         measure(
             "... and leaves them longer where it harms (length ratio to Dr. GRPO)",
-            f"{DR_GRPO}, section 3.1",
+            f"{DR_GRPO}, on the bias of GRPO",
             (ends["length if wrong", HARMED + plain] / ends["length if wrong", HARMED + doctor]).tolist(),
             at_least=1.0,
         ),
         measure(
             "Without the divisions, Dr. GRPO is as accurate (difference to GRPO)",
-            f"{DR_GRPO}, section 3.3",
+            f"{DR_GRPO}, experiments",
             (ends["accuracy", doctor] - ends["accuracy", plain]).tolist(),
             at_least=-0.03,
         ),

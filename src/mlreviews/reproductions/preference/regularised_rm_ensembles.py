@@ -54,25 +54,25 @@ def run(settings: Settings) -> Outcome:
     claims = [
         measure(
             "Centring brings the members' levels of a prompt together (variance over members, with / without)",
-            f"{PAPER}, section 4",
+            f"{PAPER}, on underspecification",
             (offsets[0.01] / offsets[0.0]).tolist(),
             at_most=1.0,
         ),
         measure(
             "At n = 256 the mean of five pretrained members keeps more of the true reward than one model (difference)",
-            f"{PAPER}, figure 4",
+            f"{PAPER}, experiments",
             (final["pretrained", "mean"] - one).tolist(),
             at_least=0.0,
         ),
         measure(
             "... and so does their minimum (difference)",
-            f"{PAPER}, figure 4",
+            f"{PAPER}, experiments",
             (final["pretrained", "minimum"] - one).tolist(),
             at_least=0.0,
         ),
         measure(
             "Members that differ in pretraining help more than members that differ in fine-tuning (mean, difference)",
-            f"{PAPER}, section 5",
+            f"{PAPER}, experiments",
             (final["pretrained", "mean"] - final["fine-tuned", "mean"]).tolist(),
             at_least=0.0,
         ),
@@ -84,7 +84,7 @@ def run(settings: Settings) -> Outcome:
         ),
         measure(
             "Hacking is not eliminated (share of the true reward that the mean of the ensemble misses at n = 256)",
-            f"{PAPER}, section 6",
+            f"{PAPER}, on what remains",
             (1 - final["pretrained", "mean"]).tolist(),
             at_least=0.1,
         ),

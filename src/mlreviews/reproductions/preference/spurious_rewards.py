@@ -46,7 +46,7 @@ def run(settings: Settings) -> Outcome:
             odds[kind, prior] = (habit[-1].logit(eps=1e-6) - math.log(prior / (1 - prior))).tolist()
             series[f"{kind}, {prior}"] = habit.mean(1).tolist()
     clipped, free, single = KINDS
-    theory = f"{PAPER}, section 4.2"
+    theory = f"{PAPER}, on the clip"
     claims = [
         measure(
             "Coins for rewards make a habit of 0.65 more frequent where the clip acts (change of probability)",
@@ -78,7 +78,7 @@ def run(settings: Settings) -> Outcome:
         ),
         measure(
             "Coins raise the accuracy by 0.1 or more where the habit of 0.65 is the better strategy (gain)",
-            f"{PAPER}, section 2: 0.214 for Qwen2.5-Math-7B",
+            f"{PAPER}, experiments: 0.214 for Qwen2.5-Math-7B",
             ((GOOD - BAD) * changes[clipped, 0.65]).tolist(),
             at_least=0.1,
         ),
