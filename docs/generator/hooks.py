@@ -17,7 +17,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from pages import Site, area_name, kernel_cores, source_files
+from pages import Site, area_name, kernel_cores, shipped_models, source_files
 
 from mlreviews.catalogue import PACKAGE, Technique, techniques
 from mlreviews.catalogue.card import CardError, read_card
@@ -78,7 +78,7 @@ def navigation(site: Site) -> list[Any]:
         for area, members in site.areas.items()
     ]
     return [
-        {"Home": ["index.md", "getting-started.md", "kernels-and-backends.md", "contributing.md"]},
+        {"Home": ["index.md", "getting-started.md", "models.md", "kernels-and-backends.md", "contributing.md"]},
         {"Techniques": ["techniques/index.md", *areas]},
         {"Reproductions": ["gallery.md", "reproductions.md"]},
         {"Map of reductions": "reductions.md"},
@@ -118,6 +118,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         "<!-- gallery -->": site.gallery,
         "<!-- reductions -->": site.reductions_map,
         "<!-- kernels -->": lambda _: kernel_cores(cores()),
+        "<!-- models -->": lambda _: shipped_models(ROOT / "src/mlreviews/models/pretrained"),
     }.items():
         if place in markdown:
             markdown = markdown.replace(place, fill(base))

@@ -6,6 +6,7 @@ Pages lie at ``techniques/<area>/<slug>.md``; a link is written relative to the 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -268,6 +269,29 @@ def source_files(technique: Technique) -> dict[str, Path]:
         "Reproduction": technique.reproduction_file,
     }
     return {name: path for name, path in files.items() if path and path.is_file()}
+
+
+def shipped_models(folder: Path) -> str:
+    """The table of the trained language models, from the records of their training.
+
+    Args:
+        folder: that holds a folder for each.
+    """
+    rows = []
+    for path in sorted(folder.glob("*/training.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "validation_bits_per_byte" in record:
+            config = record["recipe"]["config"]
+            rows.append(
+                [
+                    f"`{path.parent.name}`",
+                    f"{config['layers']} blocks of {config['d_model']}",
+                    f"{record['parameters']:,}",
+                    f"{record['bytes_of_text']:,}",
+                    f"{record['validation_bits_per_byte']:.3f}",
+                ]
+            )
+    return table(["Name", "Size", ">Parameters", ">Bytes trained on", ">Validation, bits per byte"], rows)
 
 
 def kernel_cores(cores: Iterable[Core]) -> str:

@@ -82,7 +82,7 @@ class Recipe:
 RECIPES = {
     # 3.3 million parameters, and 11 times fewer: depth is what a step of decoding costs, so the draft has 2 blocks.
     "target": Recipe(TinyLMConfig(d_model=160, layers=12, heads=5, kv_heads=1, hidden=432, context=1024)),
-    "draft": Recipe(TinyLMConfig(d_model=112, layers=2, heads=4, kv_heads=1, hidden=304, context=1024), steps=1200),
+    "draft": Recipe(TinyLMConfig(d_model=112, layers=2, heads=4, kv_heads=1, hidden=304, context=1024), steps=800),
     # For a GPU: 87 million parameters, 2.6 billion bytes.
     "large": Recipe(
         TinyLMConfig(d_model=768, layers=12, heads=12, kv_heads=4, context=1024),
