@@ -18,10 +18,26 @@ DEMOS = [Demonstration(i, f"what is {i}?", answer) for i, answer in enumerate(["
 QUERY = Demonstration("q", "and this?", "dog")
 SYMBOLS = ["@1", "#2", "%3", "&4", "*5"]
 
+
+def numbered(make: Callable[..., object]) -> Callable[..., list[int]]:
+    """The symbols of what is drawn, as numbers: strings aren't compared."""
+
+    def drawn(*args: object, generator: torch.Generator) -> list[int]:
+        found = make(*args, generator=generator)
+        if isinstance(found, SymbolPair):
+            symbols = [found.chosen, *(demo.answer for demo in found.demonstrations)]
+        else:
+            assert isinstance(found, dict)
+            symbols = list(found.values())
+        return [SYMBOLS.index(symbol) for symbol in symbols]
+
+    return drawn
+
+
 CONTRACT = {
-    "assign_symbols": lambda: Sample(assign_symbols, (["cat", "dog"], SYMBOLS)),
-    "symbol_against_word": lambda: Sample(symbol_against_word, (DEMOS, QUERY, SYMBOLS)),
-    "symbol_against_symbol": lambda: Sample(symbol_against_symbol, (DEMOS, QUERY, SYMBOLS)),
+    "assign_symbols": lambda: Sample(numbered(assign_symbols), (["cat", "dog"], SYMBOLS)),
+    "symbol_against_word": lambda: Sample(numbered(symbol_against_word), (DEMOS, QUERY, SYMBOLS)),
+    "symbol_against_symbol": lambda: Sample(numbered(symbol_against_symbol), (DEMOS, QUERY, SYMBOLS)),
 }
 
 Make = Callable[..., SymbolPair]
