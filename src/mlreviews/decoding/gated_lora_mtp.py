@@ -34,7 +34,6 @@ Deviations:
 
 Reduces to:
     torch.nn.Linear: where the gate is closed, to the bit.
-    plain decoding: guesses that are never right.
 """
 
 from __future__ import annotations
