@@ -115,6 +115,10 @@ def test_gradients_reach_what_is_trained() -> None:
 
     start = tuple(p.detach().clone().requires_grad_() for p in (model.centers, model.log_sigma, model.values))
     assert torch.autograd.gradcheck(loss, start)
+    # far from all centres but one the probabilities underflow
+    far = _regressor(sigma=0.02)
+    far(x.float(), 10 * y.float()).total.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in far.parameters())
     fixed = _regressor(learn_encoder=False)
     assert [name for name, p in fixed.named_parameters() if not p.requires_grad] == ["centers", "log_sigma"]
 

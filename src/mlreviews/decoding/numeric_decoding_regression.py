@@ -80,7 +80,11 @@ def soft_bin(
         centers: [classes].
         sigma: width, above 0; towards 0 it tends to `hard_bin`, towards infinity to the uniform distribution.
     """
-    return (-((y[:, None] - centers) ** 2) / (2 * sigma**2)).softmax(-1)
+    return _log_soft_bin(y, centers, sigma).exp()
+
+
+def _log_soft_bin(y: Tensor, centers: Tensor, sigma: Tensor | float) -> Tensor:
+    return (-((y[:, None] - centers) ** 2) / (2 * sigma**2)).log_softmax(-1)
 
 
 def hard_bin(y: Float[Tensor, " n"], centers: Float[Tensor, " classes"]) -> Float[Tensor, "n classes"]:
@@ -98,9 +102,10 @@ def bin_divergence(target: Float[Tensor, "n classes"], logits: Float[Tensor, "n 
     """Kullback-Leibler divergence of the predicted distribution from the target's, in nats.
 
     Args:
-        target: [n, classes], distributions, zeros allowed.
+        target: [n, classes], distributions, zeros allowed; they have no gradient.
         logits: [n, classes], of the prediction.
     """
+    target = target.detach()  # at zeros there is none
     return (torch.special.xlogy(target, target) - target * logits.log_softmax(-1)).sum(-1)
 
 
@@ -197,11 +202,14 @@ class SoftBinRegressor(nn.Module):
             autoencoding: weight of the second, lambda 1.
             regression: weight of the third, lambda 2.
         """
-        logits, target = self.backbone(x), self.encode(y)
+        predicted = self.backbone(x).log_softmax(-1)
+        # in logarithms, so that probabilities that underflow have a gradient
+        target = _log_soft_bin(y, self.centers, self.log_sigma.exp())
+        divergence_of_rows = nn.functional.kl_div(predicted, target, reduction="none", log_target=True).sum(-1)
         terms = (
-            bin_divergence(target, logits).mean(),
-            (y - self.decode(target)).square().mean(),
-            (y - self.decode(logits.softmax(-1))).square().mean(),
+            divergence_of_rows.mean(),
+            (y - self.decode(target.exp())).square().mean(),
+            (y - self.decode(predicted.exp())).square().mean(),
         )
         weights = (divergence, autoencoding, regression)
         total = torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
