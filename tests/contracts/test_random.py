@@ -23,7 +23,7 @@ def _numbers(value: Any) -> list[Tensor]:
             found += leaf.state_dict().values()
         elif dataclasses.is_dataclass(leaf):
             found += _numbers([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
-        elif not callable(leaf) and not isinstance(leaf, str):
+        elif leaf is not None and not callable(leaf) and not isinstance(leaf, str):
             found.append(torch.as_tensor(leaf))
     return found
 

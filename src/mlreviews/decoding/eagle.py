@@ -38,7 +38,8 @@ Defaults:
 Deviations:
     1. Greedy decoding takes the likeliest children, and the child that holds the largest logit: nothing is drawn.
     2. In a row that keeps fewer tokens than another one of its batch, what is too short is filled up and masked.
-    3. "Same law" means: when the pass over a tree and the one over a token give the same logits. In floating point the
+    3. Queries, keys and values come from one matrix, and both inputs of the SwiGLU from one: the same, in fewer calls.
+    4. "Same law" means: when the pass over a tree and the one over a token give the same logits. In floating point the
        last bits differ, so that greedy text may differ from plain decoding's where two logits are that close: to about
        1e-6 in float32, 1e-2 in bfloat16.
 
