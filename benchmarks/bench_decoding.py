@@ -43,8 +43,8 @@ from mlreviews.decoding import (
     medusa_generate,
     speculative_generate,
 )
+from mlreviews.decoding.trees import RankTree
 from mlreviews.models import GenerationResult, Sampler, TinyLM, generate, load_pretrained
-from mlreviews.models.causal_lm import PRETRAINED
 
 PROMPT, NEW = 128, 128  # tokens; a token is a byte
 LENGTH = 4  # of fixed drafts
@@ -136,7 +136,7 @@ def decoders() -> dict[str, Decoder]:
         "transformers prompt lookup": partial(peer, prompt_lookup_num_tokens=10),
         SPECULATIVE: partial(speculative, draft_length=LENGTH),
         "SVIP": partial(speculative, draft_length=policy.max_len, stop_drafting=policy.should_stop),
-        "prompt lookup": partial(speculative, drafter=PromptLookup(), draft_length=16),
+        "prompt lookup": partial(speculative, drafter=PromptLookup(), draft_length=10),
         "Jacobi": jacobi,
         "lookahead": partial(lookahead, window=3, ngram=5, guesses=4),
         **trained(),
@@ -146,15 +146,15 @@ def decoders() -> dict[str, Decoder]:
 
 
 def trained() -> dict[str, Decoder]:
-    """The decoders whose trained drafters ship."""
-    found: dict[str, Decoder] = {}
-    if (PRETRAINED / "python-eagle").is_dir():
-        eagle = EagleDraft.load("python-eagle")
-        found["EAGLE"] = partial(_trained, eagle_generate, eagle, {})
-        found["EAGLE-2"] = partial(_trained, eagle2_generate, eagle, {"total_tokens": 24})
-    if (PRETRAINED / "python-medusa").is_dir():
-        found["Medusa"] = partial(_trained, medusa_generate, MedusaHeads.load("python-medusa"), {})
-    return found
+    """The decoders whose trained drafters ship; each takes the tree that ships with its drafter, or grows its own."""
+    eagle, heads = EagleDraft.load("python-eagle"), MedusaHeads.load("python-medusa")
+    grown = {"top_k": 3, "depth": 8, "total_tokens": 24}
+    return {
+        "EAGLE": partial(_trained, eagle_generate, eagle, {}),
+        "EAGLE, chain of 8": partial(_trained, eagle_generate, eagle, {"tree": RankTree.chain(8)}),
+        "EAGLE-2": partial(_trained, eagle2_generate, eagle, grown),
+        "Medusa": partial(_trained, medusa_generate, heads, {}),
+    }
 
 
 def _trained(

@@ -31,7 +31,7 @@ Symbols:
 Defaults:
     draft_length: 4 (ours; Leviathan et al. use 3 to 7, Chen et al. 4).
     sampler: greedy; then a token is accepted where it is the target's most likely one.
-    PromptLookup longest, shortest: 12 and 4 tokens (ours, for tokens that are bytes).
+    PromptLookup longest, shortest: 12 and 2 tokens (ours, for tokens that are bytes).
 
 Deviations:
     1. The first pass of the target reads the prompt and the first draft together.
@@ -453,7 +453,7 @@ class PromptLookup:
         ValueError: a number below 1, or the wrong way round.
     """
 
-    def __init__(self, longest: int = 12, shortest: int = 4) -> None:
+    def __init__(self, longest: int = 12, shortest: int = 2) -> None:
         check_count("shortest", shortest)
         check_count("longest", longest, least=shortest)
         self.longest, self.shortest = longest, shortest
