@@ -14,6 +14,7 @@ from mlreviews.preference.ppo import *
 from mlreviews.preference.regularised_rm_ensembles import *
 from mlreviews.preference.rewards import *
 from mlreviews.preference.rloo import *
+from mlreviews.preference.rrm import *
 from mlreviews.preference.rso import *
 from mlreviews.preference.spurious_rewards import *
 from mlreviews.preference.symdpo import *
