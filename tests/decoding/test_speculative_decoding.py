@@ -16,7 +16,7 @@ from mlreviews.decoding import (
     speculative_generate,
     speculative_verify,
 )
-from mlreviews.decoding.speculative_decoding import _Reader
+from mlreviews.decoding.speculative_decoding import _Previous, _Reader
 from mlreviews.models import Sampler, TinyLM, TinyLMConfig, draw, from_transformers, generate
 from tests.contracts.families import Sample
 from tests.decoding.models import TableLM, assert_same_law, exact_law, law_of_chain
@@ -216,7 +216,7 @@ def test_a_context_that_is_just_long_enough() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_target_as_its_own_draft_has_everything_accepted(batch: int) -> None:
     ids = torch.tensor([[0, 1], [2, 1]])[:batch]
-    for sampler in (Sampler(), Sampler(1.0)):
+    for sampler in (Sampler(), Sampler(1.0), Sampler(1.0, repetition_penalty=2.0)):
         found = speculative_generate(TARGET, TARGET, ids, 12, draft_length=3, sampler=sampler, generator=_rng())
         assert (found.target_calls, found.tokens_per_call, found.acceptance_rate) == (3, 4.0, 1.0)
         assert found.accepted is not None
@@ -264,6 +264,16 @@ def test_a_cache_after_a_rollback_is_a_fresh_one() -> None:
     assert both.place.flatten().tolist() == [5, 10]
 
 
+def test_what_comes_before_each_drafted_token() -> None:
+    previous = _Previous(torch.tensor([[5, 6], [7, 8]]), torch.tensor([[True, True], [False, True]]))
+    previous.add([[1], [2, 3]])
+    found = previous.after(torch.tensor([[9], [4]]))
+    assert found.tolist() == [
+        [[5, 6, 1, -1, -1], [5, 6, 1, -1, 9]],
+        [[-1, 8, 2, 3, -1], [-1, 8, 2, 3, 4]],
+    ]
+
+
 def test_drafts_are_ended_early() -> None:
     ids = torch.tensor([[0, 1], [2, 2]])
     seen: list[Tensor] = []
@@ -298,6 +308,7 @@ def test_prompt_lookup() -> None:
     assert found.offered is not None
     assert found.offered.tolist() == [3, 0]
     assert found.q is None
+    assert (PromptLookup().longest, PromptLookup().shortest) == (12, 2)
     session = PromptLookup(2, 2).begin(torch.tensor([[1, 2, 3]]), None, Sampler(), None)
     session.accept([[1, 2]], [1])
     assert session.propose(2).tokens.tolist() == [[3, 1]]

@@ -59,6 +59,8 @@ def test_where_it_stops() -> None:
     assert policy.should_stop(torch.stack([p, 1 - p], 1).log()).tolist() == [True, False]
     assert SVIPPolicy(c=0.3).should_stop(torch.tensor([[0.28, 0.72]]).log()).tolist() == [True]
     assert SVIPPolicy(threshold=math.inf).should_stop(torch.zeros(1, 9999)).tolist() == [False]
+    certain = torch.tensor([[0.0, -math.inf]])  # not above a threshold of 0
+    assert SVIPPolicy(threshold=0.0).should_stop(certain).tolist() == [False]
     assert (policy.c, policy.threshold, policy.max_len) == (0.15, 0.3, 40)
 
 
