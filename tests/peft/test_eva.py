@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import numpy as np
 import peft
@@ -194,6 +195,11 @@ class TestStart:
         one = eva_start(model, [x], "0", 2)
         sigma = PCA(n_components=2).fit(x.flatten(0, 1).numpy()).singular_values_
         np.testing.assert_allclose(white.rows["0"].numpy() * sigma[:, None] ** 0.5, one.rows["0"], rtol=1e-4, atol=1e-5)
+
+    def test_defaults(self) -> None:
+        defaults = {name: p.default for name, p in inspect.signature(eva_start).parameters.items()}
+        assert (defaults["rank"], defaults["rho"], defaults["tau"]) == (16, 2, 0.99)
+        assert IncrementalSVD(1).tau == 0.99
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
