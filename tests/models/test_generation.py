@@ -73,7 +73,8 @@ def test_laws_by_hand(options: dict[str, Any], expected: list[float]) -> None:
 def test_ties() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
     assert Sampler(1.0, top_k=2).probabilities(logits).count_nonzero() == 3
-    assert Sampler().probabilities(torch.tensor([[1.0, 1.0]])).tolist() == [[1.0, 0.0]]
+    for sampler in (Sampler(), Sampler(1.0, top_p=0.5)):  # one of two has half of it
+        assert sampler.probabilities(torch.tensor([[1.0, 1.0]])).tolist() == [[1.0, 0.0]]
     assert most_likely(torch.tensor([[0.0, 1.0, 1.0], [5.0, 5.0, 5.0]])).tolist() == [1, 0]
 
 
@@ -120,6 +121,10 @@ def test_dtypes_and_shapes() -> None:
         p = Sampler(1.0, top_p=0.9).probabilities(torch.randn(2, 3, 5, generator=_rng()).to(dtype))
         assert (p.dtype, p.shape) == (wanted, (2, 3, 5))
         torch.testing.assert_close(p.sum(-1), torch.ones(2, 3, dtype=wanted))
+    logits = torch.randn(2, 3, 5, generator=_rng())
+    for sampler in (Sampler(), Sampler(1.0, top_k=2)):  # along the last axis
+        rows = torch.stack([sampler.probabilities(row) for row in logits.flatten(0, 1)])
+        assert sampler.probabilities(logits).flatten(0, 1).equal(rows)
     masked = torch.tensor([[0.0, -INF, 1.0]])
     assert Sampler(1.0).probabilities(masked)[0, 1] == 0
 
@@ -184,6 +189,7 @@ def test_stop_tokens_end_rows_one_by_one() -> None:
     model = _scripted(1, 2, 3, 4)
     found = generate(model, torch.tensor([[1], [3]]), 6, stop_tokens=[4], pad=99)
     assert found.tokens.tolist() == [[2, 3, 4], [4, 99, 99]]
+    assert generate(model, torch.tensor([[1], [3]]), 6, stop_tokens=[4]).tokens[1].tolist() == [4, 0, 0]
     assert (found.lengths.tolist(), found.target_calls) == ([3, 1], 3)
     assert found.row(1).tolist() == [4]
 
