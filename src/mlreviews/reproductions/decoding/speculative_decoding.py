@@ -183,7 +183,10 @@ def draw(outcome: Outcome) -> Figure:
         means = [statistics.fmean(series[f"{name}, k = {k}"]) for k in lengths]
         tokens.plot(lengths, means, marker=style, linestyle="" if style else "-", label=label)
     tokens.axhline(
-        statistics.fmean(series["tokens per pass, prompt lookup"]), color="C2", linestyle=":", label="prompt lookup"
+        statistics.fmean(series["tokens per pass, prompt lookup"]),
+        color="C2",
+        linestyle=":",
+        label="prompt lookup, greedy",
     )
     tokens.set(title="Tokens per pass of the target", xlabel="drafted tokens k", ylabel="tokens", xticks=lengths)
     tokens.set_ylim(bottom=1)
