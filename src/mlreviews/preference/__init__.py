@@ -5,6 +5,7 @@ from mlreviews.preference.bon_aware_sft import *
 from mlreviews.preference.cdpo import *
 from mlreviews.preference.dpo import *
 from mlreviews.preference.dpo_vs_ppo import *
+from mlreviews.preference.efficient_rm_ensemble import *
 from mlreviews.preference.gspo import *
 from mlreviews.preference.kdpo import *
 from mlreviews.preference.logps import *
