@@ -148,10 +148,10 @@ def decoders() -> dict[str, Decoder]:
 def trained() -> dict[str, Decoder]:
     """The decoders whose trained drafters ship; each takes the tree that ships with its drafter, or grows its own."""
     eagle, heads = EagleDraft.load("python-eagle"), MedusaHeads.load("python-medusa")
-    grown = {"top_k": 3, "depth": 8, "total_tokens": 24}
+    grown = {"top_k": 3, "depth": 6, "total_tokens": 16}
     return {
         "EAGLE": partial(_trained, eagle_generate, eagle, {}),
-        "EAGLE, chain of 8": partial(_trained, eagle_generate, eagle, {"tree": RankTree.chain(8)}),
+        "EAGLE, chain of 4": partial(_trained, eagle_generate, eagle, {"tree": RankTree.chain(4)}),
         "EAGLE-2": partial(_trained, eagle2_generate, eagle, grown),
         "Medusa": partial(_trained, medusa_generate, heads, {}),
     }

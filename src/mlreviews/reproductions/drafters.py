@@ -21,7 +21,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -277,17 +277,21 @@ def main() -> None:
     options.add_argument("kinds", choices=RECIPES, nargs="+")
     options.add_argument("--teacher", default="python-target", help="a shipped model, or a folder")
     options.add_argument("--out", type=Path, required=True, help="where the drafters' folders are made")
+    options.add_argument("--windows", type=int, help="windows of text, instead of the recipe's")
+    options.add_argument("--epochs", type=int, help="how often each is used, likewise")
     arguments = options.parse_args()
+    given = {name: n for name in ("windows", "epochs") if (n := getattr(arguments, name)) is not None}
     console, began = Console(), time.perf_counter()
     teacher = load_pretrained(arguments.teacher).requires_grad_(False)
-    recipe = RECIPES[arguments.kinds[0]]
+    recipes = {kind: replace(RECIPES[kind], **given) for kind in arguments.kinds}
+    recipe = recipes[arguments.kinds[0]]
     text = []
     for batch in seen_text(teacher, python_source().train, recipe):
         text.append(batch)
         if len(text) % 20 == 0:
             console.print(f"window {len(text) * recipe.batch}/{recipe.windows}, {time.perf_counter() - began:.0f} s")
     for kind in arguments.kinds:
-        recipe, curve = RECIPES[kind], []
+        recipe, curve = recipes[kind], []
         drafter = new_drafter(kind, teacher, recipe)
         for step, loss in train_drafter(drafter, teacher, recipe, text):
             curve.append(loss)
