@@ -4,13 +4,13 @@ Prompts and answers are vectors. The true reward prefers one direction for each 
 two hidden layers of 48 units, are pretrained by regression on a related reward, and fine-tuned on 100 noisy comparisons
 as one reward model, as five heads on one backbone, as five LoRA members of rank 4, or as five whole models. Members
 see the same batches. Answers to choose from are spread wider than those of the training data.
-Quick: 12 problems. Full: 100 problems.
+Quick: 24 problems. Full: 100 problems.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,20 +33,17 @@ KINDS = ("one model", "linear heads", "LoRA members", "whole models")
 
 def run(settings: Settings) -> Outcome:
     """Trains the four kinds of reward models on each problem, and takes the best of n by each."""
-    problems = 100 if settings.full else 12
-    left: dict[str, list[list[float]]] = {}
-    spread: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for problem in settings.track(range(problems), "problems"):
-        truth, learnt = _problem(settings.generator(problem))
-        for kind, rewards in learnt.items():
-            spread[kind].append(float(rewards.var(0, unbiased=False).mean().sqrt() / rewards.mean(0).std()))
-            for name, choose in (("mean", mean_reward), ("minimum", min_reward)):
-                shares = [_share(truth, choose(rewards), n) for n in BUDGETS]
-                left.setdefault(f"{kind}: {name}", []).append(shares)
-    final = {name: [shares[-1] for shares in rows] for name, rows in left.items()}
+    problems = 100 if settings.full else 24
+    left: dict[str, Tensor] = {}
+    spread: dict[str, Tensor] = {}
+    truth, learnt = _train_all(problems, settings)
+    for kind, rewards in learnt.items():
+        spread[kind] = rewards.var(0, unbiased=False).mean((1, 2)).sqrt() / rewards.mean(0).flatten(1).std(1)
+        for name, choose in (("mean", mean_reward), ("minimum", min_reward)):
+            left[f"{kind}: {name}"] = torch.stack([_share(truth, choose(rewards), n) for n in BUDGETS])
 
     def gain(one: str, other: str) -> list[float]:
-        return [a - b for a, b in zip(final[one], final[other], strict=True)]
+        return (left[one][-1] - left[other][-1]).tolist()
 
     claims = [
         measure(
@@ -76,7 +73,7 @@ def run(settings: Settings) -> Outcome:
         measure(
             "LoRA members differ more than linear heads do (standard deviation over members, share of the rewards')",
             "ours: why members need more than a head",
-            [a - b for a, b in zip(spread["LoRA members"], spread["linear heads"], strict=True)],
+            (spread["LoRA members"] - spread["linear heads"]).tolist(),
             at_least=0.0,
         ),
         measure(
@@ -86,63 +83,71 @@ def run(settings: Settings) -> Outcome:
             at_least=-0.02,
         ),
     ]
-    series = {name: torch.tensor(rows).mean(0).tolist() for name, rows in left.items()}
+    series = {name: value.mean(1).tolist() for name, value in left.items()}
     return Outcome(claims, {"n": [float(n) for n in BUDGETS]} | series)
 
 
-def _problem(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """True rewards [8, 256] of answers, and those of the members by kind [members, 8, 256]."""
-    turn = torch.randn(PROMPT, ANSWER, generator=generator)
-    related = 0.7 * turn + 0.7 * torch.randn(PROMPT, ANSWER, generator=generator)
+def _train_all(problems: int, settings: Settings) -> tuple[Tensor, dict[str, Tensor]]:
+    """True rewards [problems, 8, 256] of answers, and those of the members by kind [members, problems, 8, 256]."""
+    generator = settings.generator()
+    turn, other = torch.randn(2, problems, PROMPT, ANSWER, generator=generator)
+    related = 0.7 * turn + 0.7 * other
 
-    def draw(*shape: int, spread: float = 1.0) -> Tensor:
+    def draw(count: int, spread: float = 1.0) -> Tensor:
         """Prompts and answers in one vector each."""
-        x = torch.randn(*shape, PROMPT, generator=generator)
-        return torch.cat([x, spread * torch.randn(*shape, ANSWER, generator=generator)], -1)
+        x = torch.randn(problems, count, PROMPT, generator=generator)
+        return torch.cat([x, spread * torch.randn(problems, count, ANSWER, generator=generator)], -1)
 
     def reward(z: Tensor, turn: Tensor) -> Tensor:
         x, y = z.split([PROMPT, ANSWER], -1)
         return ((x @ turn).tanh() * y).sum(-1) - 0.3 * y.square().sum(-1)
 
-    backbone = nn.Sequential(
-        linear(PROMPT + ANSWER, HIDDEN, generator=generator),
-        nn.ReLU(),
-        linear(HIDDEN, HIDDEN, generator=generator),
-        nn.ReLU(),
-    )
-    start = LinearRewardEnsemble(backbone, HIDDEN, 1, generator=generator)
-    _train(start, 100, lambda: _error(start, z := draw(64), reward(z, related)))
+    def pretraining(call: Callable[[Tensor], Tensor]) -> Tensor:
+        z = draw(64)
+        return (call(z)[:, 0] - reward(z, related)).square().sum() / 64
+
+    starts = [_linear(_backbone(generator), 1, generator) for _ in range(problems)]
+    _train(starts, 100, pretraining)
+    backbones = [start.backbone for start in starts]
 
     first, second = draw(PAIRS), draw(PAIRS)
-    second[:, :PROMPT] = first[:, :PROMPT]
+    second[..., :PROMPT] = first[..., :PROMPT]
     margin = reward(first, turn) - reward(second, turn)
-    better = (torch.rand(PAIRS, generator=generator) < margin.sigmoid())[:, None]
+    better = (torch.rand(problems, PAIRS, generator=generator) < margin.sigmoid())[..., None]
     chosen, rejected = torch.where(better, first, second), torch.where(better, second, first)
-    tests = draw(8, BUDGETS[-1], spread=1.5)
-    tests[..., :PROMPT] = tests[:, :1, :PROMPT]
+    tests = draw(8 * BUDGETS[-1], spread=1.5).unflatten(1, (8, -1))
+    tests[..., :PROMPT] = tests[:, :, :1, :PROMPT].clone()
 
-    models: dict[str, nn.Module] = {
-        "one model": LinearRewardEnsemble(copy.deepcopy(backbone), HIDDEN, 1, generator=generator),
-        "linear heads": LinearRewardEnsemble(copy.deepcopy(backbone), HIDDEN, MEMBERS, generator=generator),
-        "LoRA members": LoRARewardEnsemble(
+    def fine_tuning(call: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = torch.randint(PAIRS, (32,), generator=generator)
+        rewards = call(torch.cat([chosen[:, rows], rejected[:, rows]], 1))
+        return bt_reward_loss(rewards[..., :32].flatten(), rewards[..., 32:].flatten()).losses.sum() / 32
+
+    makes: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "one model": lambda backbone: _linear(backbone, 1, generator),
+        "linear heads": lambda backbone: _linear(backbone, MEMBERS, generator),
+        "LoRA members": lambda backbone: LoRARewardEnsemble(
             copy.deepcopy(backbone), HIDDEN, ["0", "2"], MEMBERS, rank=4, alpha=8.0, generator=generator
         ),
-        "whole models": _Whole(
-            [LinearRewardEnsemble(copy.deepcopy(backbone), HIDDEN, 1, generator=generator) for _ in range(MEMBERS)]
-        ),
+        "whole models": lambda backbone: _Whole([_linear(backbone, 1, generator) for _ in range(MEMBERS)]),
     }
     learnt = {}
-    for kind, model in models.items():
-
-        def loss(model: nn.Module = model) -> Tensor:
-            rows = torch.randint(PAIRS, (32,), generator=generator)
-            rewards = model(torch.cat([chosen[rows], rejected[rows]]))
-            return bt_reward_loss(rewards[:, :32].flatten(), rewards[:, 32:].flatten()).losses.sum() / 32
-
-        _train(model, 80, loss)
+    for kind in settings.track(KINDS, "kinds of ensembles"):
+        models = [makes[kind](backbone) for backbone in backbones]
+        _train(models, 80, fine_tuning)
         with torch.no_grad():
-            learnt[kind] = model(tests.flatten(0, 1)).view(-1, *tests.shape[:2])
-    return reward(tests, turn), learnt
+            rewards = [model(z.flatten(0, 1)).unflatten(1, (8, -1)) for model, z in zip(models, tests, strict=True)]
+        learnt[kind] = torch.stack(rewards, 1)
+    return reward(tests.flatten(1, 2), turn).unflatten(1, (8, -1)), learnt
+
+
+def _backbone(generator: torch.Generator) -> nn.Module:
+    inner = linear(PROMPT + ANSWER, HIDDEN, generator=generator)
+    return nn.Sequential(inner, nn.ReLU(), linear(HIDDEN, HIDDEN, generator=generator), nn.ReLU())
+
+
+def _linear(backbone: nn.Module, members: int, generator: torch.Generator) -> LinearRewardEnsemble:
+    return LinearRewardEnsemble(copy.deepcopy(backbone), HIDDEN, members, generator=generator)
 
 
 class _Whole(nn.Module):
@@ -156,24 +161,27 @@ class _Whole(nn.Module):
         return torch.cat([model(x) for model in self.models])
 
 
-def _error(model: nn.Module, z: Tensor, target: Tensor) -> Tensor:
-    error: Tensor = (model(z) - target).square().mean()
-    return error
-
-
-def _train(model: nn.Module, steps: int, loss: Callable[[], Tensor]) -> None:
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.005)
+def _train(models: Sequence[nn.Module], steps: int, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
+    """Trains one model a problem, all at once; the loss gets the function from inputs to rewards, problems first."""
+    parameters, _ = torch.func.stack_module_state(list(models))
+    call = torch.vmap(lambda p, z: torch.func.functional_call(models[0], p, (z,)))
+    optimiser = torch.optim.Adam([p for p in parameters.values() if p.requires_grad], lr=0.005)
     for _ in range(steps):
         optimiser.zero_grad()
-        loss().backward()
+        loss(lambda z: call(parameters, z)).backward()
         optimiser.step()
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            for name, parameter in model.named_parameters():
+                parameter.copy_(parameters[name][i])
 
 
-def _share(truth: Tensor, reward: Tensor, n: int) -> float:
-    """True reward of what a reward takes from the first n answers: 0 for a random one, 1 for the best."""
-    truth, reward = truth[:, :n], reward[:, :n]
-    taken, middle = truth.gather(1, reward.argmax(1, keepdim=True)).mean(), truth.mean()
-    return float((taken - middle) / (truth.amax(1).mean() - middle))
+def _share(truth: Tensor, reward: Tensor, n: int) -> Tensor:
+    """True reward of what a reward takes from the first n answers, [problems]: 0 for a random one, 1 for the best."""
+    truth, reward = truth[..., :n], reward[..., :n]
+    taken = truth.gather(-1, reward.argmax(-1, keepdim=True))[..., 0].mean(1)
+    middle = truth.mean((1, 2))
+    return (taken - middle) / (truth.amax(-1).mean(1) - middle)
 
 
 def draw(outcome: Outcome) -> Figure:
