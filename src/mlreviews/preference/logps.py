@@ -27,7 +27,7 @@ from mlreviews.preference.losses import check_mask, masked_sum
 
 __all__ = ["linear_sequence_logps", "linear_token_logps", "sequence_logps", "shifted", "token_logps"]
 
-# Entries of a tile of logits. Measured: benchmarks/bench_logps.py.
+# Entries of a tile of logits; benchmarks/bench_logps.py measures what it costs.
 TILE = 2**21
 
 
