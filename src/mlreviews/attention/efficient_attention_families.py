@@ -882,7 +882,7 @@ class RoutingAttention(CausalAttention):
         drawn = torch.randn(self.kv_heads, clusters, self.head_dim, generator=generator)
         self.register_buffer("centroids", nn.functional.normalize(drawn, dim=2))
 
-    def forward(
+    def forward(  # type: ignore[override]  # no trees
         self,
         x: Float[Tensor, "batch time d_model"],
         state: ClusterCache | None = None,

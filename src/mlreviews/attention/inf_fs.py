@@ -336,7 +336,7 @@ class MultiHopAttention(CausalAttention):
         _check_hops(hops, r)
         self.hops, self.r = hops, r
 
-    def forward(
+    def forward(  # type: ignore[override]  # no trees
         self,
         x: Float[Tensor, "batch time d_model"],
         state: MultiHopCache | None = None,

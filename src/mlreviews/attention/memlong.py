@@ -274,7 +274,7 @@ class MemLongAttention(CausalAttention):
         self.chunk_size, self.top_k, self.capacity = chunk_size, top_k, capacity
         self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
 
-    def forward(
+    def forward(  # type: ignore[override]  # no trees
         self,
         x: Float[Tensor, "batch time d_model"],
         state: MemLongState | None = None,

@@ -231,7 +231,7 @@ class SelectiveAttention(CausalAttention):
             check_count("budget", budget, least=2)
         self._budget = budget
 
-    def forward(
+    def forward(  # type: ignore[override]  # no trees
         self,
         x: Float[Tensor, "batch time d_model"],
         state: SelectiveCache | None = None,

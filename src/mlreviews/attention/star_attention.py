@@ -252,7 +252,7 @@ class StarAttention(CausalAttention):
         super().__init__(d_model, heads, kv_heads=kv_heads, layer=layer, rope_base=rope_base, generator=generator)
         self.block_size, self.anchor_size = block_size, _check_sizes(block_size, anchor_size)
 
-    def forward(
+    def forward(  # type: ignore[override]  # no trees
         self,
         x: Float[Tensor, "batch time d_model"],
         state: StarAttentionCache | None = None,
