@@ -89,7 +89,7 @@ class DrafterRecipe:
         return min(1.0, (step + 1) / self.warm_up, (self.steps - step) / (0.5 * self.steps))
 
 
-RECIPES = {"eagle": DrafterRecipe(), "medusa": DrafterRecipe(height=5)}
+RECIPES = {"eagle": DrafterRecipe(nodes=14, height=6), "medusa": DrafterRecipe(height=5)}
 
 
 def new_drafter(kind: str, teacher: TinyLM, recipe: DrafterRecipe) -> EagleDraft | MedusaHeads:
