@@ -284,7 +284,7 @@ class TinyLM(nn.Module):
         hidden, states, carried = [x], [], None
         before = (None,) * len(self.layers) if cache is None else cache.layers
         mixers: list[Any] = [block.self_attn for block in self.layers]
-        if all(type(m) is CausalAttention and m.rope_base == mixers[0].rope_base for m in mixers):
+        if mixers and all(type(m) is CausalAttention and m.rope_base == mixers[0].rope_base for m in mixers):
             layout["shared"] = mixers[0].shared(x, before[0], **layout)
         for block, state in zip(self.layers, before, strict=True):
             x, state, carried = block(x, state, carried, layout)

@@ -66,7 +66,11 @@ Loss = Callable[[Weights, Tensor], Tensor]
 
 
 def layer_gates(alpha: Float[Tensor, " layers"]) -> Float[Tensor, " layers"]:
-    """The gates of eq. (1): positive numbers whose mean is 1."""
+    """The gates of eq. (1): positive numbers whose mean is 1.
+
+    Args:
+        alpha: [layers], any numbers; equal ones give gates of 1.
+    """
     return alpha.softmax(-1) * len(alpha)
 
 
