@@ -23,7 +23,7 @@ Symbols:
 
 Defaults:
     n: 16 tokens (the paper trains with 16 to 256).
-    ar_weight: 10 (the authors' training script).
+    ar_weight: 10 (from memory of the training script; not confirmed).
     loss: global, which the paper finds to be better than local.
 
 Deviations:

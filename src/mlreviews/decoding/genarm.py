@@ -21,8 +21,8 @@ Symbols:
     beta: weight of the divergence from the base; small values follow the rewards.
 
 Defaults:
-    beta_r: 0.05 (the authors' training runs are named by it).
-    beta: 1 (the authors' generation scripts).
+    beta_r: 0.05 (the names of training runs in a fork of the code).
+    beta: 1 (ours: the reward model as it was trained).
     weights: 1 for each reward model (ours).
 
 Deviations:
