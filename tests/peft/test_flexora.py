@@ -1,4 +1,5 @@
 import copy
+import inspect
 import itertools
 
 import pytest
@@ -93,7 +94,7 @@ class TestHypergradient:
             assert g[i].item() == pytest.approx(float(up - down) / (2 * eps), rel=1e-6)
         if steps == 0:
             torch.testing.assert_close(g, 0.9 * alpha.square())  # the partial derivative
-        assert not alpha.requires_grad
+        assert not any(x.requires_grad for x in (alpha, g, theta["x"], value))
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
@@ -171,6 +172,10 @@ class TestSearch:
             torch.testing.assert_close(model.get_parameter(name), p - 0.1 * p.grad)
         losses = flexora_search(model, _squares, iter([batch]), iter([batch]), 1, inner_steps=1).val_losses
         assert len(losses) == 1
+
+    def test_defaults(self) -> None:
+        defaults = {name: p.default for name, p in inspect.signature(flexora_search).parameters.items()}
+        assert (defaults["inner_steps"], defaults["lr_theta"], defaults["lr_alpha"]) == (1, 1e-4, 0.01)
 
     def test_selection(self) -> None:
         alpha = {"a": 0.2, "b": -0.1, "c": 0.0, "d": 0.05}
