@@ -38,8 +38,8 @@ Defaults:
 Deviations:
     1. The paper writes f(x) = x for identity experts inside the sum, which would add the input to the output and needs
        in_features = out_features. What it describes, a token that passes as in the frozen model, is eq. (4).
-    2. How the distance raises the weights is ours, as the paper's formula was not at hand; eq. (1) is one form, monotone
-       and 1 for d = 0, and eq. (2) counts a distance from one standard deviation on.
+    2. How the distance raises the weights is ours, as the paper's formula was not at hand; eq. (1) is one form,
+       monotone and 1 for d = 0, and eq. (2) counts a distance from one standard deviation on.
     3. Centres start at inputs of the first batch, and not at random numbers. A centre moves by a running mean over the
        tokens nearest to it in each batch.
 
