@@ -148,6 +148,7 @@ def test_mean_minus_variance() -> None:
     expected = rewards.numpy().mean(0) - 0.7 * np.var(rewards.numpy(), axis=0)
     np.testing.assert_allclose(mean_minus_variance_reward(rewards, 0.7), expected)
     assert torch.equal(mean_minus_variance_reward(rewards, 0.0), mean_reward(rewards))
+    assert torch.equal(mean_minus_variance_reward(rewards), mean_minus_variance_reward(rewards, 0.5))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from mlreviews import models
 from mlreviews.common.checks import check_matrix
 from mlreviews.models import CausalLM, GenerationResult, Sampler, Stops, check_prompt, draw, most_likely
+from mlreviews.models.causal_lm import PRETRAINED
 from mlreviews_kernels.tree_masked_attention import ancestor_mask
 
 __all__ = [
@@ -32,8 +32,6 @@ __all__ = [
     "follow_tree",
     "verify_top_tree",
 ]
-
-PRETRAINED = Path(models.__file__).parent / "pretrained"
 
 
 class TokenTree(NamedTuple):

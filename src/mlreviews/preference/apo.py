@@ -42,8 +42,7 @@ from typing import NamedTuple, TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
-from mlreviews.common.checks import check_number
-from mlreviews.preference.losses import PreferenceLoss, check_logps
+from mlreviews.preference.losses import PreferenceLoss, log_ratio
 
 __all__ = ["ClairPair", "apo_down_loss", "apo_zero_loss", "clair_pairs", "edit_distance", "jaccard_similarity"]
 
@@ -172,11 +171,5 @@ def _rewards(
     ref_rejected_logps: Tensor,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    check_logps(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-    )
-    check_number("beta", beta, above=0.0)
-    return beta * (policy_chosen_logps - ref_chosen_logps), beta * (policy_rejected_logps - ref_rejected_logps)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    return beta * chosen, beta * rejected

@@ -78,7 +78,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from mlreviews.common.checks import check_count, check_number
-from mlreviews.preference.losses import PreferenceLoss, UnpairedLoss, check_logps, check_mask
+from mlreviews.preference.losses import PreferenceLoss, UnpairedLoss, check_logps, check_mask, log_ratio
 
 __all__ = [
     "aot_loss",
@@ -126,7 +126,7 @@ def dpo_loss(
     Raises:
         ValueError: shapes that differ, NaN or infinity, or beta <= 0; so do all losses here.
     """
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     return _loss(-logsigmoid(beta * (chosen - rejected)), chosen, rejected, beta)
 
 
@@ -150,7 +150,7 @@ def smoothed_dpo_loss(
         label_smoothing: probability that a label is wrong, in [0, 0.5].
     """
     _check_smoothing(label_smoothing, most=0.5)
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     return _loss(_smoothed(beta * (chosen - rejected), label_smoothing), chosen, rejected, beta)
 
 
@@ -174,7 +174,7 @@ def robust_dpo_loss(
         label_smoothing: probability that a label is wrong, in [0, 0.5).
     """
     _check_smoothing(label_smoothing)
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     u = beta * (chosen - rejected)
     losses = (label_smoothing * logsigmoid(-u) - (1 - label_smoothing) * logsigmoid(u)) / (1 - 2 * label_smoothing)
     return _loss(losses, chosen, rejected, beta)
@@ -202,7 +202,7 @@ def ipo_loss(
             runs; None sums, as the paper is written. The rewards are of sums in either case.
         rejected_lengths: [batch], given when the other lengths are.
     """
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ValueError("chosen_lengths, rejected_lengths: expected both or neither")
     margin = chosen - rejected
@@ -232,7 +232,7 @@ def normalised_dpo_loss(
         chosen_lengths: [batch], tokens of the preferred answers.
         rejected_lengths: [batch], tokens of the rejected answers.
     """
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     margin = _averaged(chosen, chosen_lengths, "chosen") - _averaged(rejected, rejected_lengths, "rejected")
     return _loss(-logsigmoid(beta * margin), chosen, rejected, beta)
 
@@ -254,7 +254,7 @@ def hinge_loss(
         ref_rejected_logps: [batch].
         beta: the reciprocal of the margin in nats.
     """
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     return _loss(relu(1 - beta * (chosen - rejected)), chosen, rejected, beta)
 
 
@@ -279,7 +279,7 @@ def exo_pair_loss(
     """
     _check_smoothing(label_smoothing)
     check_number("label_smoothing", label_smoothing, above=0.0)
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     u = beta * (chosen - rejected)
     target = torch.tensor([1 - label_smoothing, label_smoothing], dtype=torch.float64).log().tolist()
     losses = u.sigmoid() * (logsigmoid(u) - target[0]) + (-u).sigmoid() * (logsigmoid(-u) - target[1])
@@ -310,7 +310,7 @@ def discopop_loss(
     check_number("tau", tau, above=0.0)
     if tau > 1:
         raise ValueError(f"tau: expected at most 1, above which the exponential explodes, got {tau}")
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     u = beta * (chosen - rejected)
     losses = -(-u / tau).sigmoid() * logsigmoid(u) + (logsigmoid(u / tau) - u).exp()
     return _loss(losses, chosen, rejected, beta)
@@ -333,7 +333,7 @@ def nca_pair_loss(
         ref_rejected_logps: [batch].
         beta: strength of the KL penalty.
     """
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     good, bad = beta * chosen, beta * rejected
     losses = -logsigmoid(good) - (logsigmoid(-good) + logsigmoid(-bad)) / 2
     return _loss(losses, chosen, rejected, beta)
@@ -356,7 +356,7 @@ def bco_pair_loss(
         ref_rejected_logps: [batch].
         beta: strength of the KL penalty.
     """
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     return _loss(-logsigmoid(beta * chosen) - logsigmoid(-beta * rejected), chosen, rejected, beta)
 
 
@@ -377,7 +377,7 @@ def sppo_hard_loss(
         ref_rejected_logps: [batch].
         beta: 1 / eta of the paper.
     """
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     target = 1 / (2 * beta)
     return _loss((chosen - target).square() + (rejected + target).square(), chosen, rejected, beta)
 
@@ -404,7 +404,7 @@ def aot_loss(
         label_smoothing: as for `smoothed_dpo_loss`.
     """
     _check_smoothing(label_smoothing, most=0.5)
-    chosen, rejected = _ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    chosen, rejected = log_ratio(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     policy = policy_chosen_logps - policy_rejected_logps
     quantiles = (ref_chosen_logps - ref_rejected_logps).sort().values
     ranks = policy.detach().argsort(stable=True).argsort()
@@ -522,24 +522,6 @@ def kto_loss(
     gains = beta * (ratios - reference_point)
     losses = torch.where(desirable, desirable_weight * (-gains).sigmoid(), undesirable_weight * gains.sigmoid())
     return UnpairedLoss(losses, beta * ratios.detach())
-
-
-def _ratios(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float,
-) -> tuple[Tensor, Tensor]:
-    """The log ratios rho of preferred and rejected answers."""
-    check_logps(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-    )
-    check_number("beta", beta, above=0.0)
-    return policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
 
 
 def _check_free(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, beta: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mlreviews.common.checks import check_count, check_finite
+from mlreviews.common.checks import check_count, check_finite, check_number
 
 __all__ = ["PolicyLoss", "PreferenceLoss", "UnpairedLoss"]
 
@@ -76,6 +76,32 @@ def check_logps(ndim: int = 1, **logps: Tensor) -> None:
             raise ValueError(f"{name}: expected shape {tuple(wanted)}, as {first} has, got {tuple(tensor.shape)}")
         if not torch.compiler.is_compiling():
             check_finite(name, tensor)
+
+
+def log_ratio(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """The log ratios of preferred and rejected answers, [batch] each, after the checks that every loss of pairs needs.
+
+    Args:
+        policy_chosen_logps: [batch].
+        policy_rejected_logps: [batch].
+        ref_chosen_logps: [batch].
+        ref_rejected_logps: [batch].
+        beta: of the loss, checked only.
+    """
+    check_logps(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )
+    check_number("beta", beta, above=0.0)
+    return policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
 
 
 def check_mask(mask: Tensor, shape: torch.Size, *, name: str = "mask", like: str = "logp") -> None:

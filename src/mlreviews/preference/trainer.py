@@ -35,10 +35,10 @@ from mlreviews.datasets import ByteTokenizer
 from mlreviews.models import CausalLM, Sampler, generate
 from mlreviews.preference.logps import linear_token_logps
 from mlreviews.preference.losses import PolicyLoss, masked_sum
+from mlreviews.preference.rewards import Reward
 
 __all__ = ["Rollouts", "completion_logps", "pair_logps", "prepare", "rollout", "train"]
 
-Reward = Callable[[str, str], float]
 Batch = TypeVar("Batch")
 
 
