@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from mlreviews.common.checks import check_count, check_finite, check_number
 from mlreviews.common.layers import linear
-from mlreviews.models import CausalLM, LMOutput
+from mlreviews.models import CausalLM, LMOutput, WrappedLM
 
 __all__ = [
     "TEMPERATURES",
@@ -258,7 +258,7 @@ class _Cache(NamedTuple):
         return _Cache(self.model.keep(start, index, mask), self.temperature)
 
 
-class AdaptiveTemperatureLM:
+class AdaptiveTemperatureLM(WrappedLM):
     """A causal language model whose logits are log-probabilities at the chosen temperatures; decoders take it so.
 
     ::
@@ -280,18 +280,8 @@ class AdaptiveTemperatureLM:
     ) -> None:
         if level not in ("token", "sequence"):
             raise ValueError(f"level: expected 'token' or 'sequence', got {level!r}")
-        self.model, self.decoder, self.level = model, decoder, level
-        self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return self.model.vocab_size
-
-    @property
-    def max_length(self) -> int | None:
-        """How many tokens the model can see."""
-        return self.model.max_length
+        super().__init__(model)
+        self.decoder, self.level = decoder, level
 
     def temperature(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
         """The likeliest temperature for each hidden state, equation (1)."""

@@ -46,7 +46,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mlreviews.common.checks import check_count, check_number
-from mlreviews.models import CausalLM, LMOutput
+from mlreviews.models import CausalLM, LMOutput, WrappedLM
 
 __all__ = ["DoLa", "candidate_layers", "contrast_logits", "dola_logits", "js_divergence"]
 
@@ -135,7 +135,7 @@ def candidate_layers(layers: int, bucket: Literal["low", "high"], *, tied: bool 
     return found
 
 
-class DoLa:
+class DoLa(WrappedLM):
     """A causal language model whose logits are the contrast of a model's layers; decoders take it like any other.
 
     ::
@@ -160,18 +160,8 @@ class DoLa:
         contrast_logits(torch.zeros(1), torch.zeros(1), alpha)  # raises where it is out of range
         if not layers or (isinstance(layers, str) and layers not in ("low", "high")):
             raise ValueError(f"layers: expected 'low', 'high' or numbers of layers, got {layers!r}")
-        self.model, self.layers, self.alpha = model, layers, alpha
-        self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return self.model.vocab_size
-
-    @property
-    def max_length(self) -> int | None:
-        """How many tokens the model can see."""
-        return self.model.max_length
+        super().__init__(model)
+        self.layers, self.alpha = layers, alpha
 
     @torch.no_grad()
     def __call__(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mlreviews.models.attention import KVCache
 from mlreviews.models.tiny_lm import LMOutput, TinyLM
 
-__all__ = ["Cache", "CausalLM", "TransformersLM", "from_transformers", "load_pretrained"]
+__all__ = ["Cache", "CausalLM", "TransformersLM", "WrappedLM", "from_transformers", "load_pretrained"]
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -77,6 +77,28 @@ class CausalLM(Protocol):
         hidden_states: bool = False,
     ) -> LMOutput:
         """Runs over the tokens that follow those of the cache; arguments as of `mlreviews.models.TinyLM.forward`."""
+
+
+class WrappedLM:
+    """A language model made of another one, with its vocabulary, embedding and head; a subclass has ``__call__``.
+
+    Args:
+        model: any `CausalLM`.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return self.model.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens the model can see."""
+        return self.model.max_length
 
 
 class TransformersCache(NamedTuple):
