@@ -28,6 +28,7 @@ from mlreviews.peft import (
     uniform_entries,
 )
 from tests.contracts.families import Sample
+from tests.peft.models import tiny_gpt2, tiny_llama
 
 
 def _rng(seed: int = 0) -> torch.Generator:
@@ -220,32 +221,9 @@ def test_coefficients_are_normal_and_in_single_precision() -> None:
     assert layer(_random(2, 60).bfloat16()).dtype == torch.bfloat16
 
 
-def _llama() -> nn.Module:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=23, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config).eval()
-
-
-def _gpt2() -> nn.Module:
-    import transformers
-
-    config = transformers.GPT2Config(
-        vocab_size=37, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(config).eval()
-
-
 IDS = torch.arange(24).view(2, 12)
 each_model = pytest.mark.parametrize(
-    ("make", "target"), [(_llama, r".*\.(q|down)_proj"), (_gpt2, r".*\.c_attn")], ids=["Llama", "GPT-2"]
+    ("make", "target"), [(tiny_llama, r".*\.(q|down)_proj"), (tiny_gpt2, r".*\.c_attn")], ids=["Llama", "GPT-2"]
 )
 
 
@@ -270,7 +248,7 @@ def test_what_peft_saves_means_the_same_here(make: Any, target: str, tmp_path: P
 
     config = peft.FourierFTConfig(
         n_frequency=30, scaling=40.0, random_loc_seed=3, target_modules=target, n_frequency_pattern={"1.*": 20},
-        fan_in_fan_out=make is _gpt2,
+        fan_in_fan_out=make is tiny_gpt2,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -32,6 +32,7 @@ from mlreviews.peft import (
     unmerge,
 )
 from tests.contracts.families import Sample
+from tests.peft.models import tiny_gpt2, tiny_llama
 
 
 def _rng(seed: int = 0) -> torch.Generator:
@@ -308,37 +309,14 @@ def test_the_language_model_takes_adapters_everywhere() -> None:
     assert torch.equal(model(ids).logits, after)
 
 
-def _llama() -> nn.Module:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config).eval()
-
-
-def _gpt2() -> nn.Module:
-    import transformers
-
-    config = transformers.GPT2Config(
-        vocab_size=37, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(config).eval()
-
-
 IDS = torch.arange(24).view(2, 12)
 KINDS = {
-    "LoRA": (_llama, [r".*\.[qv]_proj"], {}),
-    "rsLoRA": (_llama, [r".*\.down_proj"], {"rslora": True}),
-    "DoRA": (_llama, [r".*\.q_proj", r".*\.up_proj"], {"dora": True}),
-    "embedding": (_llama, [r"model\.embed_tokens"], {}),
-    "GPT-2": (_gpt2, [r".*\.c_attn", r".*\.h\.0\.mlp\.c_fc"], {}),
-    "GPT-2 with DoRA": (_gpt2, [r".*\.c_proj"], {"dora": True}),
+    "LoRA": (tiny_llama, [r".*\.[qv]_proj"], {}),
+    "rsLoRA": (tiny_llama, [r".*\.down_proj"], {"rslora": True}),
+    "DoRA": (tiny_llama, [r".*\.q_proj", r".*\.up_proj"], {"dora": True}),
+    "embedding": (tiny_llama, [r"model\.embed_tokens"], {}),
+    "GPT-2": (tiny_gpt2, [r".*\.c_attn", r".*\.h\.0\.mlp\.c_fc"], {}),
+    "GPT-2 with DoRA": (tiny_gpt2, [r".*\.c_proj"], {"dora": True}),
 }
 each_kind = pytest.mark.parametrize(("make", "targets", "options"), KINDS.values(), ids=KINDS)
 
@@ -370,7 +348,7 @@ def test_what_peft_saves_means_the_same_here(
     names = {"rslora": "use_rslora", "dora": "use_dora"}
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules="|".join(targets), rank_pattern={"layers.1.self_attn.q_proj": 4, "h.1.*": 5},
-        alpha_pattern={"0.*v_proj": 9}, fan_in_fan_out=make is _gpt2, **{names[k]: v for k, v in options.items()}
+        alpha_pattern={"0.*v_proj": 9}, fan_in_fan_out=make is tiny_gpt2, **{names[k]: v for k, v in options.items()}
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
