@@ -12,6 +12,7 @@ from mlreviews.preference.logps import *
 from mlreviews.preference.losses import *
 from mlreviews.preference.open_rs import *
 from mlreviews.preference.ppo import *
+from mlreviews.preference.reft import *
 from mlreviews.preference.regularised_rm_ensembles import *
 from mlreviews.preference.reward_robust_rlhf import *
 from mlreviews.preference.rewards import *

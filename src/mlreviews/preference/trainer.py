@@ -144,12 +144,44 @@ def pair_logps(
 
 
 def _logps(model: CausalLM, ids: Tensor, real: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    return head_logps(model, last_states(model, ids, real), ids, mask, temperature)
+
+
+def last_states(
+    model: CausalLM, ids: Int[Tensor, "batch time"], real: Bool[Tensor, "batch time"]
+) -> Float[Tensor, "batch labels dim"]:
+    """The states from which a model predicts each token but the first; a value head reads them, too.
+
+    Args:
+        model: the policy, or a reference.
+        ids: [batch, time], as of `Rollouts`.
+        real: [batch, time], likewise.
+    """
     left = None if bool(real.all()) else real[:, :-1]
     hidden = model(ids[:, :-1], mask=left, hidden_states=True).hidden_states
     assert hidden is not None
+    return hidden[-1]
+
+
+def head_logps(
+    model: CausalLM,
+    states: Float[Tensor, "batch labels dim"],
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float,
+) -> Float[Tensor, "batch labels"]:
+    """Log-probabilities of ``ids[:, 1:]`` from the states of `last_states`; 0 where the mask is False.
+
+    Args:
+        model: whose head is used.
+        states: [batch, time - 1, dim].
+        ids: [batch, time].
+        mask: [batch, time], True at the tokens of answers.
+        temperature: of the distribution.
+    """
     head = model.lm_head
     bias = getattr(head, "bias", None)
-    return linear_token_logps(hidden[-1], head.weight, ids[:, 1:], mask[:, 1:], bias=bias, temperature=temperature)
+    return linear_token_logps(states, head.weight, ids[:, 1:], mask[:, 1:], bias=bias, temperature=temperature)
 
 
 def rollout(
