@@ -3,6 +3,7 @@
 from mlreviews.preference.apo import *
 from mlreviews.preference.bon_aware_sft import *
 from mlreviews.preference.cdpo import *
+from mlreviews.preference.cgpo import *
 from mlreviews.preference.dpo import *
 from mlreviews.preference.dpo_vs_ppo import *
 from mlreviews.preference.efficient_rm_ensemble import *
