@@ -22,6 +22,7 @@ from mlreviews.preference.rrm import *
 from mlreviews.preference.rso import *
 from mlreviews.preference.spurious_rewards import *
 from mlreviews.preference.symdpo import *
+from mlreviews.preference.tpo import *
 from mlreviews.preference.trainer import *
 from mlreviews.preference.unified_preference_gradient import *
 from mlreviews.preference.warm import *
