@@ -6,6 +6,10 @@ negative distance to the ideal answer, a part of which, the answer's size, is th
 of one bit goes with preferred answers, more or less reliably. Reward models are linear in the artefact, the answer, its
 squares and its products with the prompt, so that they can express both rewards. They are trained on 100 comparisons,
 alone (RM) or with the 14 new pairs an example (RRM), all of them or those that the RM gets wrong.
+
+Then the artefact is the answer's length (its logarithm, in standard deviations), which is drawn on its own, but so that
+the longer answer wins more than half of the comparisons. Which one do models prefer of two answers whose lengths say
+nothing, and how long is the best of 64?
 Quick: 16 problems. Full: 200 problems.
 """
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 PAPER = "arXiv:2409.13156"
 PAIRS, WIDTH, BUDGET = 100, 4, 64
 SHARES = (0.5, 0.75, 1.0)
+LONGER = (0.5, 0.6, 0.75, 0.9)  # comparisons that the longer answer wins; the claims are about 0.75
 MODELS = ("RM", "RRM", "RRM, filtered")
 
 
@@ -40,6 +45,14 @@ def run(settings: Settings) -> Outcome:
             for name in ("weight", "flipped"):
                 series.setdefault(f"{model}: {name}", []).append(float(found[model][name].mean()))
     distance = _compare(problems, 1.0, False, settings.generator(1000))
+    series["share, longer"] = list(LONGER)
+    lengths = {}
+    for share in settings.track(LONGER, "lengths"):
+        lengths[share] = _compare(problems, share, True, settings.generator(2000 + int(100 * share)), lengths=True)
+        for model in MODELS:
+            for name in ("longer", "length of the best"):
+                series.setdefault(f"{model}: {name}", []).append(float(lengths[share][model][name].mean()))
+    long = lengths[0.75]
 
     def gain(name: str, model: str = "RRM", over: str = "RM") -> list[float]:
         return (found[model][name] - found[over][name]).tolist()
@@ -93,6 +106,39 @@ def run(settings: Settings) -> Outcome:
             (distance["RRM"]["best"] - distance["RM"]["best"]).tolist(),
             at_least=0.0,
         ),
+        measure(
+            "Where the longer answer won three of four comparisons, RM prefers the longer of two whose lengths say "
+            "nothing (share of pairs)",
+            f"{PAPER}, introduction",
+            long["RM"]["longer"].tolist(),
+            at_least=0.55,
+        ),
+        measure(
+            "... RRM less often (difference of shares)",
+            f"{PAPER}, on artefacts",
+            (long["RRM"]["longer"] - long["RM"]["longer"]).tolist(),
+            at_most=0.0,
+        ),
+        measure(
+            "... and hardly more often than not (share of pairs)",
+            f"{PAPER}, on artefacts",
+            long["RRM"]["longer"].tolist(),
+            at_least=0.48,
+            at_most=0.52,
+        ),
+        measure(
+            "The best of 64 answers is shorter by RRM than by RM (logarithm of lengths, difference in standard "
+            "deviations)",
+            f"{PAPER}, length-controlled AlpacaEval",
+            (long["RRM"]["length of the best"] - long["RM"]["length of the best"]).tolist(),
+            at_most=0.0,
+        ),
+        measure(
+            "... and truly better (reward, difference)",
+            f"{PAPER}, length-controlled AlpacaEval",
+            (long["RRM"]["best"] - long["RM"]["best"]).tolist(),
+            at_least=0.0,
+        ),
     ]
     return Outcome(claims, series)
 
@@ -103,8 +149,18 @@ def _features(x: Tensor, y: Tensor, artefact: Tensor) -> Tensor:
     return torch.cat([products, y, y.square(), artefact[..., None]], -1)
 
 
-def _compare(problems: int, share: float, relation: bool, generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-    """What each model is measured by, [problems] each; share is that of preferred answers with the artefact."""
+def _compare(
+    problems: int, share: float, relation: bool, generator: torch.Generator, *, lengths: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """What each model is measured by, [problems] each.
+
+    Args:
+        problems: how many.
+        share: of preferred answers with the artefact; of comparisons that the longer answer wins.
+        relation: whether the true reward is a relation of prompt and answer alone.
+        generator: draws everything.
+        lengths: the artefact is a length, not a bit.
+    """
     ideal = torch.randn(problems, WIDTH, WIDTH, generator=generator) / WIDTH**0.5
 
     def draw(count: int, answers: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +175,11 @@ def _compare(problems: int, share: float, relation: bool, generator: torch.Gener
         return x, torch.where((truth[0] > truth[1])[..., None], y, y.flip(0))
 
     x, y = comparisons(PAIRS)
-    has = torch.rand(2, problems, PAIRS, generator=generator) < torch.tensor([share, 1 - share])[:, None, None]
+    if lengths:
+        longer = 2**0.5 * torch.special.ndtri(torch.tensor([share, 0.5]))
+        has = torch.randn(2, problems, PAIRS, generator=generator) + longer[:, None, None]
+    else:
+        has = torch.rand(2, problems, PAIRS, generator=generator) < torch.tensor([share, 1 - share])[:, None, None]
     answers, artefact = torch.cat([y[0], y[1]], 1), torch.cat([has[0], has[1]], 1).float()
     own = torch.arange(PAIRS)
     new = rrm_augment(rrm_permutations(PAIRS, generator=generator))
@@ -147,6 +207,10 @@ def _compare(problems: int, share: float, relation: bool, generator: torch.Gener
     none = torch.zeros(problems, 500)
     many, choices, truth = draw(20, BUDGET)
     marked = torch.arange(BUDGET)[:, None, None] % 2 * torch.ones(BUDGET, problems, 20)
+    marks, misleading = torch.stack([none, none]), none + 1
+    if lengths:
+        marked = torch.randn(marked.shape, generator=generator)
+        marks, misleading = torch.randn(marks.shape, generator=generator), none + 2
     found = {}
     for name, weight in weights.items():
 
@@ -154,14 +218,17 @@ def _compare(problems: int, share: float, relation: bool, generator: torch.Gener
             return (_features(x, y, artefact) @ weight[..., None])[..., 0]
 
         plain = [reward(x, side, none) for side in y]
-        flipped = reward(x, y[1], none + 1)
+        flipped = reward(x, y[1], misleading)
+        first, second = (reward(x, side, mark) for side, mark in zip(y, marks, strict=True))
         taken = torch.stack([reward(many, *pair) for pair in zip(choices, marked, strict=True)]).argmax(0)
-        best = truth.gather(0, taken[None])[0].mean(1)
+        best, length = (every.gather(0, taken[None])[0].mean(1) for every in (truth, marked))
         found[name] = {
             "weight": weight[:, -1] / torch.stack(plain).std((0, 2)),
             "without": (plain[0] > plain[1]).float().mean(1),
             "flipped": (plain[0] > flipped).float().mean(1),
             "best": best,
+            "length of the best": length,
+            "longer": ((first > second) == (marks[0] > marks[1])).float().mean(1),
             "kept": kept,
         }
     return found
@@ -181,15 +248,21 @@ def _fit(difference: Tensor, target: Tensor, used: Tensor) -> Tensor:
 
 
 def draw(outcome: Outcome) -> Figure:
-    """The artefact's weight, and accuracy where it misleads, against how reliable it was in training."""
-    figure, axes = panels(2)
+    """What an artefact and the length do to the models, against how reliable they were in training."""
+    figure, axes = panels(2, rows=2)
     labels = {
         "weight": ("Weight of the artefact", "standard deviations of rewards"),
         "flipped": ("Artefact with the worse answer", "accuracy"),
     }
-    for axis, (name, (title, label)) in zip(axes, labels.items(), strict=True):
+    labels |= {
+        "longer": ("The longer of two answers", "share that is preferred"),
+        "length of the best": ("The best of 64 answers", "log-length (standard deviations)"),
+    }
+    for i, (axis, (name, (title, label))) in enumerate(zip(axes, labels.items(), strict=True)):
+        shares = outcome.series["share" if i < 2 else "share, longer"]
         for model in MODELS:
-            axis.plot(outcome.series["share"], outcome.series[f"{model}: {name}"], marker="o", label=model)
-        axis.set(title=title, xlabel="share of preferred answers with the artefact", ylabel=label)
+            axis.plot(shares, outcome.series[f"{model}: {name}"], marker="o", label=model)
+        what = "preferred answers with the artefact" if i < 2 else "comparisons won by the longer answer"
+        axis.set(title=title, xlabel=f"share of {what}", ylabel=label)
     axes[0].legend()
     return figure
