@@ -17,6 +17,7 @@ from mlreviews.preference.reft import *
 from mlreviews.preference.regularised_rm_ensembles import *
 from mlreviews.preference.reward_robust_rlhf import *
 from mlreviews.preference.rewards import *
+from mlreviews.preference.rlcf import *
 from mlreviews.preference.rloo import *
 from mlreviews.preference.rrm import *
 from mlreviews.preference.rso import *
