@@ -19,6 +19,7 @@ from mlreviews.preference.reward_robust_rlhf import *
 from mlreviews.preference.rewards import *
 from mlreviews.preference.rlcf import *
 from mlreviews.preference.rloo import *
+from mlreviews.preference.rpt import *
 from mlreviews.preference.rrm import *
 from mlreviews.preference.rso import *
 from mlreviews.preference.spurious_rewards import *
