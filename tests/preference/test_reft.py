@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 
 import pytest
@@ -232,6 +233,10 @@ class TestStages:
 def test_defaults_are_the_papers() -> None:
     reft = ReFT(_policy(), linear(16, 1), lambda question, chain: 0.0, 3)
     assert (reft.beta, reft.gamma, reft.lam, reft.clip, reft.value_weight) == (0.05, 1.0, 0.95, 0.2, 5.0)
+    assert (reft.normalise, reft.temperature, reft.stop) == (True, 1.0, "\n")
+    for method, sizes in ((ReFT.warm_up, {"batch_size": 48}), (ReFT.reinforce, {"group_size": 1, "updates": 2})):
+        given = inspect.signature(method).parameters
+        assert {name: given[name].default for name in sizes} == sizes
     assert torch.equal(reft.reference.lm_head.weight, reft.policy.lm_head.weight)
 
 

@@ -22,6 +22,7 @@ from mlreviews.preference.rloo import *
 from mlreviews.preference.rpt import *
 from mlreviews.preference.rrm import *
 from mlreviews.preference.rso import *
+from mlreviews.preference.score_self_correction import *
 from mlreviews.preference.spurious_rewards import *
 from mlreviews.preference.symdpo import *
 from mlreviews.preference.tpo import *

@@ -50,7 +50,6 @@ Reduces to:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +67,9 @@ from mlreviews.preference.losses import PolicyLoss, masked_sum
 from mlreviews.preference.rewards import Reward
 from mlreviews.preference.trainer import (
     Rollouts,
+    as_module,
     completion_logps,
+    frozen,
     head_logps,
     last_states,
     prepare,
@@ -203,8 +204,7 @@ class ReFT:
 
     def freeze_reference(self) -> None:
         """Makes the policy as it is now the reference, pi^(0) of eq. (2)."""
-        self.reference = copy.deepcopy(self.policy)
-        _module(self.reference).requires_grad_(False)
+        self.reference = frozen(self.policy)
 
     def warm_up(
         self,
@@ -344,13 +344,7 @@ class ReFT:
         return values
 
     def _trained(self) -> nn.ModuleList:
-        return nn.ModuleList([_module(self.policy), self.value_head])
-
-
-def _module(policy: object) -> nn.Module:
-    if not isinstance(policy, nn.Module):
-        raise TypeError(f"policy: expected an nn.Module, got {type(policy).__name__}")
-    return policy
+        return nn.ModuleList([as_module(self.policy), self.value_head])
 
 
 def _batches(count: int, batch_size: int) -> Callable[[torch.Generator], list[int]]:

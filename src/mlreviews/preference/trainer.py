@@ -21,6 +21,7 @@ again with the same arguments, and ends with the same bits.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -243,6 +244,21 @@ def rollout(
     with torch.no_grad():
         logp_old = _logps(policy, whole, real, mask, temperature)
     return Rollouts(whole, real, mask, rewards.to(device), logp_old, temperature, answers)
+
+
+def as_module(policy: object) -> nn.Module:
+    """The policy, if it has parameters to train; raises TypeError where it is no `nn.Module`."""
+    if not isinstance(policy, nn.Module):
+        raise TypeError(f"policy: expected an nn.Module, got {type(policy).__name__}")
+    return policy
+
+
+def frozen(policy: CausalLM) -> CausalLM:
+    """A copy of the policy as it is now, without gradient: a reference. Raises TypeError where it is no `nn.Module`."""
+    as_module(policy)
+    reference = copy.deepcopy(policy)
+    as_module(reference).requires_grad_(False)
+    return reference
 
 
 def train(
