@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlreviews.datasets import ByteTokenizer, TextSplit
-from mlreviews.models import Sampler, TinyLM, generate
+from mlreviews.models import CausalLM, Sampler, TinyLM, generate
 from mlreviews.preference.gspo import group_advantages
 from mlreviews.preference.open_rs import grpo_loss
 from mlreviews.preference.rewards import line_parses
@@ -25,7 +25,7 @@ from mlreviews.preference.trainer import Rollouts, completion_logps, prepare, ro
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LONGEST", "Skill", "independent", "line_prompts", "practise", "skill"]
+__all__ = ["LONGEST", "Skill", "independent", "line_prompts", "practise", "skill", "written_lines"]
 
 LONGEST = 20  # tokens of an answer, its line break included
 CONTEXT = 48  # bytes of a prompt
@@ -120,8 +120,7 @@ def practise(
     return rewards
 
 
-@torch.no_grad()
-def skill(model: TinyLM, prompts: Sequence[str], text: TextSplit, generator: torch.Generator) -> Skill:
+def skill(model: CausalLM, prompts: Sequence[str], text: TextSplit, generator: torch.Generator) -> Skill:
     """Draws one answer to each prompt at temperature 1, and reads some plain text.
 
     Args:
@@ -130,23 +129,31 @@ def skill(model: TinyLM, prompts: Sequence[str], text: TextSplit, generator: tor
         text: held out; windows come from places spread over it.
         generator: draws the answers.
     """
-    device = model.embed_tokens.weight.device
+    return Skill(*written_lines(model, prompts, generator), _bits(model, text))
+
+
+@torch.no_grad()
+def written_lines(model: CausalLM, prompts: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The first two of `Skill`; arguments as there."""
+    device = model.lm_head.weight.device
     ids, real, _ = (x.to(device) for x in prepare(prompts))
     mask = None if bool(real.all()) else real
     sampler, stop = Sampler(temperature=1.0), ByteTokenizer().encode("\n").tolist()
     drawn = generate(model, ids, LONGEST, sampler=sampler, mask=mask, generator=generator, stop_tokens=stop)
     answers = [ByteTokenizer().decode(drawn.row(i)) for i in range(len(prompts))]
+    parses = [line_parses(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return torch.tensor(parses), torch.tensor([float(len(answer.partition("\n")[0])) for answer in answers])
+
+
+@torch.no_grad()
+def _bits(model: CausalLM, text: TextSplit) -> Tensor:
     starts = torch.linspace(0, len(text.data) - WINDOW - 1, WINDOWS).long()
     window = text.data[starts[:, None] + torch.arange(WINDOW + 1)].long()
-    window = window.masked_fill(window == 0, ByteTokenizer.eos).to(device)
+    window = window.masked_fill(window == 0, ByteTokenizer.eos).to(model.lm_head.weight.device)
     nats = torch.nn.functional.cross_entropy(
         model(window[:, :-1]).logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none"
     )
-    return Skill(
-        torch.tensor([line_parses(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]),
-        torch.tensor([float(len(answer.partition("\n")[0])) for answer in answers]),
-        nats.view(WINDOWS, WINDOW).mean(1).cpu() / math.log(2),
-    )
+    return nats.view(WINDOWS, WINDOW).mean(1).cpu() / math.log(2)
 
 
 def independent(changes: Sequence[Tensor], groups: int = 16) -> list[float]:
