@@ -10,6 +10,7 @@ from mlreviews.common.layers import linear
 from mlreviews.models import TinyLM, TinyLMConfig
 from mlreviews.preference import ReFT, answer_reward, chain_loss, completion_logps, reinforce_loss
 from mlreviews.preference.losses import masked_sum
+from tests.preference.models import Bigram
 
 QUESTIONS = ["1+2=", "7=", "30+4="]
 
@@ -154,16 +155,16 @@ class TestLoss:
 
 class TestStages:
     def _learner(self) -> ReFT:
-        head = linear(16, 1, generator=torch.Generator().manual_seed(3))
+        head = linear(8, 1, generator=torch.Generator().manual_seed(3))
         right = {"p": "a", "q": "b"}.__getitem__
         reward = answer_reward(lambda chain: chain[0] if chain[:1] in ("a", "b") else None, right)
-        return ReFT(_policy(), head, reward, max_new_tokens=2, beta=0.0)
+        return ReFT(Bigram(), head, reward, max_new_tokens=2, beta=0.0)
 
     def test_warm_up_then_reinforcement_from_answers_alone(self) -> None:
         reft, generator = self._learner(), torch.Generator().manual_seed(0)
         questions, chains = ["p", "q", "p", "q"], ["a\n", "a\n", "b\n", "b\n"]  # half of the annotations are wrong
         start = copy.deepcopy(reft.policy.state_dict())
-        optimiser = torch.optim.AdamW(reft.parameters(), lr=1e-2)
+        optimiser = torch.optim.AdamW(reft.parameters(), lr=0.1)
         logs = list(reft.warm_up(optimiser, questions, chains, steps=40, batch_size=3, generator=generator))
         assert [log["step"] for log in logs] == list(range(1, 41))
         assert logs[-1]["loss"] < 2 < logs[0]["loss"]

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import itertools
 import math
@@ -16,6 +17,7 @@ from mlreviews.preference import (
     score_second_stage_loss,
     self_correction,
 )
+from tests.preference.models import Bigram
 
 FIRSTS, SECONDS = 3, 2
 REWARDS = torch.tensor([0.2, 0.9, 0.4], dtype=torch.float64)  # of first attempts
@@ -264,36 +266,34 @@ class TestProcedure:
             assert float(ours.stats["gain"]) == pytest.approx(float((r2 - r1).mean()), abs=1e-6)
 
     def test_first_stage_then_second(self) -> None:
-        score = _score(reward=lambda question, answer: float(answer < "<"), max_new_tokens=1, beta2=3.0, alpha=3.0)
-        optimiser = torch.optim.Adam(score.policy.parameters(), lr=6e-3)
+        policy = Bigram()
+        score = SCoRe(
+            policy, lambda question, answer: float(answer < "<"), "{question}{answer}?", 1, beta2=3.0, alpha=3.0
+        )
+        optimiser = torch.optim.Adam(policy.parameters(), lr=3e-2)
         generator = torch.Generator().manual_seed(0)
-        questions = ["p", "q", "r"]
-        start = score.collect(questions, group_size=100, generator=generator).metrics()
-        logs = [
-            *score.run(
-                score.first_stage_loss, optimiser, questions, steps=16, batch_size=2, group_size=16, generator=generator
-            )
-        ]
-        held = score.collect(questions, group_size=100, generator=generator).metrics()
-        assert len(logs) == 16
+        questions, reference = ["p", "q", "r"], copy.deepcopy(policy.state_dict())
+        sizes = {"batch_size": 2, "group_size": 16, "generator": generator}
+        start = score.collect(questions, group_size=60, generator=generator).metrics()
+        logs = list(score.run(score.first_stage_loss, optimiser, questions, steps=20, **sizes))
+        held = score.collect(questions, group_size=60, generator=generator).metrics()
+        assert len(logs) == 20
         assert abs(held.first - start.first) < 0.15
         assert held.second > start.second + 0.3
-        for _ in score.run(
-            score.second_stage_loss, optimiser, questions, steps=10, batch_size=2, group_size=16, generator=generator
-        ):
+        for _ in score.run(score.second_stage_loss, optimiser, questions, steps=15, **sizes):
             pass
-        both = score.collect(questions, group_size=100, generator=generator).metrics()
+        both = score.collect(questions, group_size=60, generator=generator).metrics()
         assert both.first > held.first + 0.3
         assert both.second > 0.8
-        first = score.reference.state_dict()
-        assert all(torch.equal(first[name], value) for name, value in _score().policy.state_dict().items())
+        assert all(torch.equal(reference[name], value) for name, value in score.reference.state_dict().items())
 
     def test_a_killed_run_goes_on_with_the_same_bits(self, tmp_path) -> None:  # type: ignore[no-untyped-def]
         ends = []
         for stops in ((3,), (1, 3)):
             for steps in stops:
-                score = _score()
-                optimiser = torch.optim.SGD(score.policy.parameters(), lr=0.1)
+                policy = Bigram()
+                score = SCoRe(policy, _low, "{question}{answer}?", 1)
+                optimiser = torch.optim.SGD(policy.parameters(), lr=0.1)
                 generator, path = torch.Generator().manual_seed(4), tmp_path / str(stops) / "run.pt"
                 rest = list(
                     score.run(
@@ -305,7 +305,7 @@ class TestProcedure:
                         checkpoint=path,
                     )
                 )
-            ends.append(score.policy.state_dict())
+            ends.append(policy.state_dict())
         assert [log["step"] for log in rest] == [2, 3]
         assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
 
