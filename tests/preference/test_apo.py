@@ -27,6 +27,7 @@ def both(loss, rewards: Tensor) -> tuple[PreferenceLoss, Tensor]:  # type: ignor
     reference = torch.tensor([-5.0, -8.0], dtype=torch.float64).expand_as(rewards)
     policy = (reference + rewards / BETA).requires_grad_()
     found = loss(*policy.T, *reference.T, beta=BETA)
+    assert not any(rewards.requires_grad for rewards in found[1:])
     return found, torch.autograd.grad(found.losses.sum(), policy)[0] / BETA
 
 
@@ -60,6 +61,12 @@ def test_at_the_reference_both_are_1_and_only_the_rejected_answer_is_certain_to_
         found, slopes = both(loss, REWARDS[:1])
         assert found.losses.item() == 1
         assert slopes[0].tolist() == slope
+
+
+def test_beta_is_a_tenth_unless_given() -> None:
+    columns = (*REWARDS.T, *REWARDS.flip(0).T)
+    for loss in (apo_zero_loss, apo_down_loss):
+        assert torch.equal(loss(*columns).losses, loss(*columns, beta=0.1).losses)
 
 
 def test_down_lowers_a_preferred_answer_that_leads_by_far() -> None:

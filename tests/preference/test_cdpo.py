@@ -81,6 +81,7 @@ def test_gradient_goes_to_the_tokens_to_blame() -> None:
     given = answers()
     given["rejected_scores"][0, 1] = 1.0
     rejected = given["policy_rejected_token_logps"].requires_grad_()
+    given["policy_chosen_token_logps"].requires_grad_()
     found = critical_dpo_loss(**given)
     gradient = torch.autograd.grad(found.losses.sum(), rejected)[0]
     assert not gradient[~given["rejected_mask"]].any()

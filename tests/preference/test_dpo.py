@@ -73,6 +73,7 @@ def test_reduces_to_logistic_regression() -> None:
     torch.testing.assert_close(gradient, -BETA * torch.sigmoid(-margin(inputs)) / 6)
     torch.testing.assert_close(found.chosen_rewards, BETA * (inputs[0] - inputs[2]).detach())
     torch.testing.assert_close(found.rejected_rewards, BETA * (inputs[1] - inputs[3]).detach())
+    assert not any(rewards.requires_grad for rewards in found[1:])
 
 
 def test_dpo_at_the_reference_is_log_2() -> None:
@@ -247,6 +248,31 @@ def test_kto_weighs_gains_and_losses_against_the_reference_point() -> None:
     slopes = torch.autograd.grad(found.losses.sum(), policy)[0]
     assert ((slopes < 0) == desirable).all()
     assert not found.rewards.requires_grad
+
+
+def test_defaults_are_those_of_the_card() -> None:
+    smoothed = {"label_smoothing": 0.2}
+    lengths = {f"{which}_lengths": torch.arange(1, 7) for which in ("chosen", "rejected")}
+    for loss, given, default in (
+        *((loss, {}, {}) for loss in (dpo_loss, ipo_loss, hinge_loss, nca_pair_loss, bco_pair_loss, sppo_hard_loss)),
+        *((loss, smoothed, {}) for loss in (smoothed_dpo_loss, robust_dpo_loss)),
+        (normalised_dpo_loss, lengths, {}),
+        (exo_pair_loss, {}, {"label_smoothing": 1e-3}),
+        (discopop_loss, {}, {"tau": 0.05}),
+        (aot_loss, {}, {"label_smoothing": 0.0}),
+    ):
+        found, wanted = loss(*logps(), **given), loss(*logps(), **given, beta=0.1, **default)
+        assert torch.equal(torch.stack(found), torch.stack(wanted)), loss
+    pair = logps()[:2]
+    for loss, default in (
+        (simpo_loss, {"beta": 2.0, "gamma": 1.0}),
+        (cpo_loss, {"beta": 0.1}),
+        (orpo_loss, {"beta": 0.1}),
+    ):
+        assert torch.equal(loss(*pair).losses, loss(*pair, **default).losses), loss
+    kto = (*pair, torch.tensor([True, False] * 3), torch.tensor(0.5, dtype=torch.float64))
+    wanted = kto_loss(*kto, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+    assert torch.equal(kto_loss(*kto).losses, wanted.losses)
 
 
 def test_every_loss_is_another() -> None:

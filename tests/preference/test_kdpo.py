@@ -81,8 +81,10 @@ def test_negatives_can_be_kept() -> None:
     assert slope[0].isfinite().all()
 
 
-def test_the_reference_has_no_gradient() -> None:
+def test_the_reference_has_no_gradient_and_beta_is_a_tenth_unless_given() -> None:
     policy, reference, labels, mask = case()
+    given = kdpo_loss(policy, reference, labels, mask, beta=0.1)
+    assert torch.equal(kdpo_loss(policy, reference, labels, mask).losses, given.losses)
     reference.requires_grad_()
     kdpo_loss(policy, reference, labels, mask).losses.sum().backward()
     assert reference.grad is None
