@@ -25,7 +25,7 @@ from mlreviews.preference.trainer import Rollouts, completion_logps, prepare, ro
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LONGEST", "Skill", "independent", "line_prompts", "practise", "skill", "written_lines"]
+__all__ = ["CONTEXT", "LONGEST", "Skill", "independent", "line_prompts", "practise", "skill", "written_lines"]
 
 LONGEST = 20  # tokens of an answer, its line break included
 CONTEXT = 48  # bytes of a prompt
