@@ -63,7 +63,7 @@ class TestJudges:
 
 class TestCalibration:
     @given(st.sets(st.integers(-80, 80), min_size=2, max_size=5), st.integers(-80, 80), st.integers(-30, 30))
-    @settings(max_examples=10)
+    @settings(max_examples=6)
     def test_properties(self, values: set[int], known: int, shift: int) -> None:
         rewards = torch.tensor([known, *sorted(values)], dtype=torch.float64) / 10
         known, shift = known / 10, shift / 10
@@ -111,7 +111,7 @@ class TestCRPG:
         assert float(found.stats["satisfied"]) == pytest.approx(4 / 6)
 
     @given(st.integers(0, 500))
-    @settings(max_examples=10)
+    @settings(max_examples=6)
     def test_a_violation_is_never_worth_more(self, seed: int) -> None:
         logps, ref, calibrated = _answers(seed)
         satisfied = _random(6, seed=seed + 2) > 0
@@ -268,7 +268,7 @@ def _bandit(method: str) -> Tensor:
     rewards, known = torch.tensor([0.0, 0.5, 1.0, 1.5, 4.0]), torch.tensor(0.5)
     logits = torch.zeros(5, requires_grad=True)
     optimiser = torch.optim.Adam([logits], lr=0.1)
-    for _ in range(80):
+    for _ in range(60):
         logps = logits.log_softmax(0)
         arms = torch.multinomial(logps.exp().detach(), 16, replacement=True, generator=generator)
         r, kept, ref = rewards[arms], arms != 4, torch.full((16,), -math.log(5))
@@ -351,7 +351,7 @@ class TestTraining:
 
     def test_the_judge_keeps_the_policy_from_the_exploit(self) -> None:
         logs, free = (
-            _trained(task, generator=torch.Generator().manual_seed(0), steps=18) for task in (_task(), _task(judges=[]))
+            _trained(task, generator=torch.Generator().manual_seed(0), steps=14) for task in (_task(), _task(judges=[]))
         )
 
         def mean(logs: list[dict[str, float]], name: str) -> float:
