@@ -44,11 +44,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlreviews.common.checks import check_count, check_finite, check_number
 from mlreviews.datasets import ByteTokenizer
@@ -56,7 +56,7 @@ from mlreviews.models import CausalLM
 from mlreviews.preference.gspo import group_advantages
 from mlreviews.preference.losses import PolicyLoss, check_group_size
 from mlreviews.preference.open_rs import grpo_loss
-from mlreviews.preference.trainer import Rollouts, completion_logps, rollout, train
+from mlreviews.preference.trainer import Rollouts, as_module, completion_logps, rollout, train
 
 __all__ = [
     "TextPosition",
@@ -286,4 +286,4 @@ def train_predictions(
             dynamic_sampling=taken >= dynamic_from,
         )
 
-    yield from train(cast(nn.Module, policy), optimiser, draw, loss, steps=steps, generator=generator)
+    yield from train(as_module(policy), optimiser, draw, loss, steps=steps, generator=generator)

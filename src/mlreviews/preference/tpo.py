@@ -46,18 +46,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlreviews.common.checks import check_finite, check_number
 from mlreviews.datasets import ByteTokenizer
 from mlreviews.models import CausalLM
 from mlreviews.preference.dpo import dpo_loss
 from mlreviews.preference.losses import PolicyLoss, masked_sum
-from mlreviews.preference.trainer import Rollouts, completion_logps, rollout, train
+from mlreviews.preference.trainer import Rollouts, as_module, completion_logps, rollout, train
 
 __all__ = [
     "elo_scores",
@@ -295,9 +294,7 @@ def train_thoughts(
         margin = (found.chosen_rewards - found.rejected_rewards).mean()
         return PolicyLoss(found.losses.mean(), {"pairs": torch.tensor(len(found.losses)), "margin": margin})
 
-    yield from train(
-        cast(nn.Module, policy), optimiser, draw, loss, steps=iterations, generator=generator, updates=updates
-    )
+    yield from train(as_module(policy), optimiser, draw, loss, steps=iterations, generator=generator, updates=updates)
 
 
 def _rows(drawn: Rollouts, index: Tensor) -> Rollouts:
