@@ -26,9 +26,9 @@ class TestGroupAdvantages:
         torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
         found = group_advantages(torch.tensor([1.0, 3.0, 2.0, 0.0, 0.0, 9.0]), 3, normalise_std=False)
         torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, 0.0, -3.0, -3.0, 6.0]))
-        torch.testing.assert_close(
-            group_advantages(torch.tensor([0.0, 2.0]), 2, eps=0.5)[1], torch.tensor(1 / (2**0.5 + 0.5))
-        )
+        for given, eps in (({"eps": 0.5}, 0.5), ({}, 1e-4)):
+            found = group_advantages(torch.tensor([0.0, 2.0]), 2, **given)
+            torch.testing.assert_close(found[1], torch.tensor(1 / (2**0.5 + eps)))
 
     @pytest.mark.parametrize("shift", [0.0, 1000.0, 2.0**20])
     def test_single_precision_keeps_its_digits(self, shift: float) -> None:
@@ -68,6 +68,8 @@ class TestRatio:
         for i in range(3):
             product = math.prod(((logp - old).exp()[i][MASK[i]]).tolist())
             assert float(found[i]) == pytest.approx(product ** (1 / int(LENGTHS[i])))
+        given = old.clone().requires_grad_()
+        assert not sequence_ratio(logp, given, MASK).requires_grad
         constant = sequence_ratio(old + math.log(1.3), old, MASK)
         torch.testing.assert_close(constant, torch.full((3,), 1.3, dtype=torch.float64))
 

@@ -109,6 +109,7 @@ class TestLosses:
             a = torch.zeros(3, dtype=torch.float64)
             total, stats = loss(logp, logp.detach(), MASK, a, logp_ref=ref, beta=0.3)
             torch.testing.assert_close(total, 0.3 * (found * MASK).sum(1).mul(weights).sum())
+            torch.testing.assert_close(loss(logp, logp.detach(), MASK, a, logp_ref=ref).loss, total * 0.04 / 0.3)
             torch.testing.assert_close(stats["reference_kl"], found[MASK].mean().detach())
             assert not stats["reference_kl"].requires_grad
 

@@ -10,6 +10,7 @@ from mlreviews.preference.ppo import (
     clipped_surrogate,
     entropy_bonus,
     gae,
+    policy_stats,
     ppo_clip_loss,
     ppo_kl_loss,
     value_clip_loss,
@@ -145,6 +146,11 @@ class TestClip:
         terms = [1.3 - 1 - math.log(1.3)] * 2 + [0.7 - 1 - math.log(0.7)] * 2 + [1.1 - 1 - math.log(1.1)]
         assert stats["approx_kl"].item() == pytest.approx(sum(terms) / 5)
         assert not any(s.requires_grad for s in stats.values())
+        # At the edge of the range, and where there is no advantage, the clip takes no gradient away.
+        edge = policy_stats(
+            _row(1.25, 0.75, 1.5, 0.5), _row(1, -1, 0, 0), torch.ones(1, 4, dtype=torch.bool), 0.25, 0.25
+        )
+        assert edge["clip_fraction"] == 0
 
     def test_what_is_masked_never_matters(self) -> None:
         logp, old, advantages = (torch.where(MASK, _random(3, 4, seed=i), NAN) for i in range(3))
@@ -231,6 +237,9 @@ class TestOtherTerms:
     @pytest.mark.parametrize(("kl", "expected"), [(0.019, 1.5), (0.0201, 3.0), (0.044, 3.0), (0.0451, 6.0)])
     def test_coefficient_follows_the_target(self, kl: float, expected: float) -> None:
         assert adapt_kl_coefficient(3.0, kl, 0.03) == expected
+
+    def test_coefficient_stays_at_the_edges(self) -> None:
+        assert [adapt_kl_coefficient(1.0, kl, 3.0) for kl in (2.0, 4.5)] == [1.0, 1.0]
 
     def test_entropy(self) -> None:
         logits = _random(3, 4, 5).requires_grad_()
