@@ -84,6 +84,10 @@ class TestLosses:
             ppo_clip_loss(logp[i : i + 1], old[i : i + 1], rows[i : i + 1], MASK[i : i + 1]).loss for i in range(3)
         ]
         torch.testing.assert_close(grpo_loss(logp, old, MASK, advantages).loss, sum(per_row) / 3)
+        far = old + torch.tensor([[3.0], [-3.0], [3.0]], dtype=torch.float64)
+        signs = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)  # beyond both ends of the range
+        at_ends = -(1.2 - 0.8 + 1.2) / 3
+        torch.testing.assert_close(grpo_loss(far, old, MASK, signs).loss, torch.tensor(at_ends, dtype=torch.float64))
         weighted = sum(n * loss for n, loss in zip(LENGTHS, per_row, strict=True))
         torch.testing.assert_close(dr_grpo_loss(logp, old, MASK, advantages, max_length=5).loss, weighted / 15)
         stats = grpo_loss(logp, old, MASK, advantages, clip_low=0.1, clip_high=0.3).stats

@@ -129,6 +129,8 @@ class TestClip:
         torch.testing.assert_close(_grad(loss, logits), expected)
         assert stats["clip_fraction"] == 0
         assert stats["approx_kl"] == 0
+        old = logp.detach().clone().requires_grad_()
+        assert not ppo_clip_loss(logp.detach(), old, advantages, MASK).loss.requires_grad
 
     def test_reduces_to_importance_weights_without_a_clip(self) -> None:
         logp, old, advantages = (_random(3, 4, seed=i) for i in range(3))
@@ -252,6 +254,8 @@ class TestOtherTerms:
         plain = value_loss(values, returns, MASK)
         torch.testing.assert_close(plain, torch.nn.functional.mse_loss(values[MASK], returns[MASK]) / 2)
         torch.testing.assert_close(value_clip_loss(values, returns, returns, MASK, clip=1e9), plain)
+        old = returns.clone().requires_grad_()
+        assert not value_clip_loss(values.detach(), old, returns, MASK).requires_grad
         torch.testing.assert_close(value_loss(values, returns, MASK, normaliser=2.0), plain * MASK.sum() / 2)
 
     @pytest.mark.parametrize(
