@@ -30,8 +30,9 @@ def _log_inputs(batch: int, time: int, generator: torch.Generator) -> Inputs:
     return {"log_a": a, "log_b": 2 * b, "log_initial_state": state}
 
 
-LENGTHS = (1, 2, 7, 8, 9, 27)  # around the tiles of the GPU; 27 = 5 chunks of 5 and a rest of 2 on the CPU
-TILES = {"ROWS": 8, "COLUMNS": 8}
+LENGTHS = (1, 2, 7, 8, 9, 27)  # around the GPU's rows; 27 = 5 chunks of 5 and a rest of 2 on the CPU
+# chunks of SHORTEST steps where there are twice as many tokens; ten channels are two blocks or one
+TILES = {"COLUMNS": 16, "AHEAD": 4, "AHEAD_BACK": 4, "PASS_COLUMNS": 16, "PASS_AHEAD": 2, "SHORTEST": 16}
 CASES = [
     ScanCase(
         "linear_scan",
@@ -39,7 +40,7 @@ CASES = [
         _inputs,
         ("a", "b"),
         lengths=LENGTHS,
-        interpreter_tiles=TILES,
+        interpreter_tiles=TILES | {"COLUMNS": 8, "PASS_COLUMNS": 8},
     ),
     ScanCase(
         "linear_scan-reverse",
@@ -48,7 +49,7 @@ CASES = [
         ("a", "b"),
         options={"reverse": True},
         lengths=LENGTHS,
-        interpreter_tiles=TILES,
+        interpreter_tiles=TILES | {"SHORTEST": 8},
     ),
     ScanCase(
         "log_linear_scan",
