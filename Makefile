@@ -8,7 +8,7 @@ export NO_MKDOCS_2_WARNING := 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow check format bench docs records constraints clean
+.PHONY: demo test test-slow test-gpu check format bench docs records constraints clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
@@ -16,6 +16,7 @@ help:
 	@echo "make demo        set up, reproduce double descent on real data, draw the figure (results/)"
 	@echo "make test        set up and run the tests"
 	@echo "make test-slow   the experiments of more than a few seconds"
+	@echo "make test-gpu    the Triton kernels on a GPU, where torch has one"
 	@echo "make check       lint, formatting, types, catalogue consistency, docs in strict mode"
 	@echo "make bench       the benchmarks, side by side with the alternatives"
 	@echo "make docs        the documentation site, in site/"
@@ -43,6 +44,9 @@ test: $(VENV)/dev.stamp
 
 test-slow: $(VENV)/dev.stamp
 	$(PYTEST) -m slow
+
+test-gpu: $(VENV)/dev.stamp
+	TRITON_INTERPRET=0 $(PYTEST) -m gpu tests/kernels/test_gpu.py
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check

@@ -166,7 +166,7 @@ def report(
     for m in measurements:
         spread = f"{min(m.seconds):.2g}-{max(m.seconds):.2g}"
         memory = "" if m.peak_mib is None else f"{m.peak_mib:.0f} MiB"
-        notes = [f"{m.notes[key]:.0e}" if key in m.notes else "" for key in reference.notes]
+        notes = [f"{m.notes[key]:.2g}" if key in m.notes else "" for key in reference.notes]
         table.add_row(m.name, f"{m.median:.3g} s", spread, f"{m.median / reference.median:.2f}", memory, *notes)
     console = Console()
     console.print(table)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,6 +32,7 @@ __all__ = [
     "compiler",
     "compiler_command",
     "cores",
+    "is_hopper",
     "select",
     "triton_problem",
     "use_backend",
@@ -67,7 +68,7 @@ class Core:
         if "reference.py" not in self.files:
             raise ValueError(f"core {self.name}: has no reference.py, which every other backend is compared with")
 
-    @property
+    @cached_property
     def backends(self) -> tuple[str, ...]:
         """The backends that the core has, whether or not they can be used on this machine."""
         return tuple(backend for backend, files in _FILES.items() if self.files.intersection(files))
@@ -191,6 +192,11 @@ def _triton_import_problem() -> str | None:
     except ImportError as error:
         return "triton is not installed" if error.name == "triton" else f"triton can't be imported: {error}"
     return None
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether tensors on a device are worked on by a GPU such as the H100, which some tiles were measured on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def compiler() -> str | None:

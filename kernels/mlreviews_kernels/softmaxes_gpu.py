@@ -21,9 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.backends import is_hopper
 from mlreviews_kernels.softmaxes import WIDEST
-from mlreviews_kernels.static import Launch
+from mlreviews_kernels.static import MEASURED_SPILLS, Launch, chips
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+MANY = tl.constexpr(32)  # sequences that a program looks through at a time
 SIDE = 64  # queries or keys of a block in half precision; half as many in float32
 WAVEFRONTS = 4  # of two softmaxes on AMD: of 64 lanes each, and a lane has registers enough only with few of them
 
@@ -44,45 +47,72 @@ def _store_rows(pointer, token, heads, head, dim, inside, values, DIM: tl.conste
 
 
 @triton.jit
-def _place(sequence, q_offsets, k_offsets, mask, MASK: tl.constexpr):
-    """Where a sequence's queries and keys begin, how many there are, and its mask."""
-    q_begin, k_begin = tl.load(q_offsets + sequence), tl.load(k_offsets + sequence)
-    queries = (tl.load(q_offsets + sequence + 1) - q_begin).to(tl.int32)
-    keys = (tl.load(k_offsets + sequence + 1) - k_begin).to(tl.int32)
-    if MASK == 1:
-        mask += k_begin
-    if MASK == 2:
-        mask += sequence * queries * keys
-    return q_begin, k_begin, queries, keys, mask
+def _find(program, offsets, sequences, SIZE: tl.constexpr):
+    """A program's sequence and the block of it, the last block first; the sequence is -1 if there is none.
+
+    The lengths are only known here: to find them before, the GPU would have to be waited for.
+    """
+    found, within, before = -1, 0, 0
+    for first in range(0, sequences, MANY):
+        number = first + tl.arange(0, MANY)
+        known = number < sequences
+        length = tl.load(offsets + number + 1, mask=known, other=0) - tl.load(offsets + number, mask=known, other=0)
+        count = tl.cdiv(length.to(tl.int32), SIZE)
+        end = before + tl.cumsum(count, 0)
+        own = (end > program) & (end - count <= program)
+        found = tl.maximum(found, tl.max(tl.where(own, number, -1), 0))
+        within += tl.sum(tl.where(own, end - 1 - program, 0), 0)
+        before += tl.sum(count, 0)
+    return found, within
 
 
 @triton.jit
-def _seen(row, key, queries, keys, window, mask, CAUSAL: tl.constexpr, MASK: tl.constexpr):
-    """Which keys a query sees; row and key have two axes, in either order."""
-    gap = row + (keys - queries) - key
+def _place(sequence, q_offsets, k_offsets, MASK: tl.constexpr):
+    """Where a sequence's queries and keys begin, how many there are, and where its mask begins."""
+    q_begin, k_begin = tl.load(q_offsets + sequence), tl.load(k_offsets + sequence)
+    queries = (tl.load(q_offsets + sequence + 1) - q_begin).to(tl.int32)
+    keys = (tl.load(k_offsets + sequence + 1) - k_begin).to(tl.int32)
+    mask_begin = k_begin if MASK == 1 else sequence * queries * keys
+    return q_begin, k_begin, queries, keys, mask_begin
+
+
+@triton.jit
+def _seen(
+    row, key, queries, keys, window, mask, mask_begin, EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr
+):  # fmt: skip
+    """Which keys a query sees; row and key have two axes, in either order. All of them in a tile that is no edge."""
     seen = (row < queries) & (key < keys)
-    if CAUSAL:
-        seen = seen & (gap >= 0)
-    if window > 0:
-        seen = seen & (gap < window) & (gap > -window)
-    if MASK == 1:
-        seen = seen & (tl.load(mask + key, mask=key < keys, other=0) != 0)
-    if MASK == 2:
-        seen = seen & (tl.load(mask + row.to(tl.int64) * keys + key, mask=seen, other=0) != 0)
+    if EDGE:
+        gap = row + (keys - queries) - key
+        if CAUSAL:
+            seen = seen & (gap >= 0)
+        if window > 0:
+            seen = seen & (gap < window) & (gap > -window)
+        if MASK == 1:
+            seen = seen & (tl.load(mask + mask_begin + key, mask=key < keys, other=0) != 0)
+        if MASK == 2:
+            seen = seen & (tl.load(mask + mask_begin + row.to(tl.int64) * keys + key, mask=seen, other=0) != 0)
     return seen
 
 
 @triton.jit
-def _keys_of(start, queries, keys, window, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """The first key, of a whole tile, that some query of a block sees, and the end of what they see."""
+def _keys_of(
+    start, queries, keys, window,
+    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The first key, of a whole tile, that some query of a block sees; where tiles begin that not all see; the end."""
     shift = keys - queries
-    low, high = 0, keys
+    low, high, full = 0, keys, keys
     if window > 0:
         low = tl.maximum(start + shift - window + 1, 0) // KEYS * KEYS
         high = tl.minimum(high, start + ROWS + shift + window - 1)
     if CAUSAL:
         high = tl.minimum(high, start + ROWS + shift)
-    return low, high
+        full = tl.minimum(full, tl.maximum(start + shift + 1, 0))
+    full = full // KEYS * KEYS
+    if not SPLIT:
+        full = low
+    return low, tl.where(window > 0, low, full), high
 
 
 @triton.jit
@@ -92,41 +122,51 @@ def _finite(x):
 
 
 @triton.jit
-def _softmax(rows, columns, seen, base, scale, PRECISION: tl.constexpr):
+def _products(rows, columns, seen, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    """q k, not scaled yet: a positive scale and the difference to the maximum are one instruction in `exp2`."""
+    products = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+    if EDGE:
+        products = tl.where(seen, products, float("-inf"))
+    return products
+
+
+@triton.jit
+def _softmax(rows, columns, seen, base, scale, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of P, or of its transpose, from its log-sum-exps."""
-    scores = tl.where(seen, tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * scale, float("-inf"))
-    return tl.exp(scores - base)
+    return tl.exp2(_products(rows, columns, seen, EDGE, PRECISION) * (scale * LOG2_E) - base)
 
 
 @triton.jit
 def _statistics(lse, delta, at, inside):
-    return _finite(tl.load(lse + at, mask=inside, other=0.0)), tl.load(delta + at, mask=inside, other=0.0)
+    base = _finite(tl.load(lse + at, mask=inside, other=0.0)) * LOG2_E
+    return base, tl.load(delta + at, mask=inside, other=0.0)
 
 
 @triton.jit
-def _step(qs, ks, vs, seen, highest, total, result, scale, PRECISION: tl.constexpr):
-    """A tile of keys more: running maximum, sum and result of one softmax."""
-    scores = tl.where(seen, tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale, float("-inf"))
-    most = tl.maximum(highest, tl.max(scores, 1))
-    p = tl.exp(scores - _finite(most)[:, None])
-    kept = tl.exp(highest - _finite(most))
+def _step(qs, ks, vs, seen, highest, total, result, scale, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile of keys more: running maximum, in powers of 2, sum and result of one softmax."""
+    products = _products(qs, ks, seen, EDGE, PRECISION)
+    most = tl.maximum(highest, tl.max(products, 1) * (scale * LOG2_E))
+    shift = _finite(most) if EDGE else most
+    p = tl.exp2(products * (scale * LOG2_E) - shift[:, None])
+    kept = tl.exp2(highest - shift)
     result = result * kept[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision=PRECISION)
     return most, total * kept + tl.sum(p, 1), result
 
 
 @triton.jit
 def forward_kernel(
-    q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, sequences, blocks, out, lse1, lse2,
+    q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, sequences, out, lse1, lse2,
     heads, kv_heads, dim, value_dim, window, scale,
-    DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """Both softmaxes of a block of queries, tile by tile."""
     program, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    block = tl.load(blocks + program).to(tl.int32)
-    if block < 0:
+    sequence, block = _find(program, q_offsets, sequences, ROWS)
+    if sequence < 0:
         return
-    q_begin, k_begin, queries, keys, mask = _place(tl.load(sequences + program), q_offsets, k_offsets, mask, MASK)
+    q_begin, k_begin, queries, keys, mask_begin = _place(sequence, q_offsets, k_offsets, MASK)
     kv = head // (heads // kv_heads)
     row = block * ROWS + tl.arange(0, ROWS)
     inside = row < queries
@@ -140,42 +180,43 @@ def forward_kernel(
         highest2 = tl.full((ROWS,), float("-inf"), tl.float32)
         sum2 = tl.zeros((ROWS,), tl.float32)
         result2 = tl.zeros((ROWS, VALUE), tl.float32)
-    low, stop = _keys_of(block * ROWS, queries, keys, window, CAUSAL, ROWS, KEYS)
-    for at in range(low, stop, KEYS):
-        key = at + tl.arange(0, KEYS)
-        known = key < keys
-        # all tiles are loaded before the products: ptxas spills where they take turns
-        ks1 = _rows(k1, k_begin + key, kv_heads, kv, dim, known, DIM)
-        if DOUBLE:
-            ks2 = _rows(k2, k_begin + key, kv_heads, kv, dim, known, DIM)
-        vs = _rows(v, k_begin + key, kv_heads, kv, value_dim, known, VALUE)
-        seen = _seen(row[:, None], key[None, :], queries, keys, window, mask, CAUSAL, MASK)
-        highest1, sum1, result1 = _step(qs1, ks1, vs, seen, highest1, sum1, result1, scale, PRECISION)
-        if DOUBLE:
-            highest2, sum2, result2 = _step(qs2, ks2, vs, seen, highest2, sum2, result2, scale, PRECISION)
+    low, full, stop = _keys_of(block * ROWS, queries, keys, window, CAUSAL, SPLIT, ROWS, KEYS)
+    for EDGE in tl.static_range(1 - SPLIT, 2):
+        for at in range(full if EDGE else low, stop if EDGE else full, KEYS):
+            key = at + tl.arange(0, KEYS)
+            known = key < keys
+            # all tiles are loaded before the products: ptxas spills where they take turns
+            ks1 = _rows(k1, k_begin + key, kv_heads, kv, dim, known, DIM)
+            if DOUBLE:
+                ks2 = _rows(k2, k_begin + key, kv_heads, kv, dim, known, DIM)
+            vs = _rows(v, k_begin + key, kv_heads, kv, value_dim, known, VALUE)
+            seen = _seen(row[:, None], key[None, :], queries, keys, window, mask, mask_begin, EDGE, CAUSAL, MASK)
+            highest1, sum1, result1 = _step(qs1, ks1, vs, seen, highest1, sum1, result1, scale, EDGE, PRECISION)
+            if DOUBLE:
+                highest2, sum2, result2 = _step(qs2, ks2, vs, seen, highest2, sum2, result2, scale, EDGE, PRECISION)
     safe = tl.where(sum1 > 0, sum1, 1.0)
-    tl.store(lse1 + token * heads + head, highest1 + tl.log(safe), mask=inside)
+    tl.store(lse1 + token * heads + head, highest1 / LOG2_E + tl.log(safe), mask=inside)
     result1 *= (1.0 / safe)[:, None]
     if DOUBLE:
         safe = tl.where(sum2 > 0, sum2, 1.0)
-        tl.store(lse2 + token * heads + head, highest2 + tl.log(safe), mask=inside)
+        tl.store(lse2 + token * heads + head, highest2 / LOG2_E + tl.log(safe), mask=inside)
         result1 -= result2 * (tl.load(lam + head) / safe)[:, None]
     _store_rows(out, token, heads, head, value_dim, inside, result1, VALUE)
 
 
 @triton.jit
 def delta_kernel(
-    q1, k1, q2, k2, v, mask, q_offsets, k_offsets, sequences, blocks, grad_out, lse1, lse2, delta1, delta2,
+    q1, k1, q2, k2, v, mask, q_offsets, k_offsets, sequences, grad_out, lse1, lse2, delta1, delta2,
     heads, kv_heads, dim, value_dim, window, scale,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """rowsum(P_s dP) of both softmaxes."""
     program, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    block = tl.load(blocks + program).to(tl.int32)
-    if block < 0:
+    sequence, block = _find(program, q_offsets, sequences, ROWS)
+    if sequence < 0:
         return
-    q_begin, k_begin, queries, keys, mask = _place(tl.load(sequences + program), q_offsets, k_offsets, mask, MASK)
+    q_begin, k_begin, queries, keys, mask_begin = _place(sequence, q_offsets, k_offsets, MASK)
     kv = head // (heads // kv_heads)
     row = block * ROWS + tl.arange(0, ROWS)
     inside = row < queries
@@ -183,40 +224,41 @@ def delta_kernel(
     qs1 = _rows(q1, token, heads, head, dim, inside, DIM)
     qs2 = _rows(q2, token, heads, head, dim, inside, DIM)
     dos = _rows(grad_out, token, heads, head, value_dim, inside, VALUE)
-    base1 = _finite(tl.load(lse1 + token * heads + head, mask=inside, other=0.0))
-    base2 = _finite(tl.load(lse2 + token * heads + head, mask=inside, other=0.0))
+    base1 = _finite(tl.load(lse1 + token * heads + head, mask=inside, other=0.0)) * LOG2_E
+    base2 = _finite(tl.load(lse2 + token * heads + head, mask=inside, other=0.0)) * LOG2_E
     total1 = tl.zeros((ROWS,), tl.float32)
     total2 = tl.zeros((ROWS,), tl.float32)
-    low, stop = _keys_of(block * ROWS, queries, keys, window, CAUSAL, ROWS, KEYS)
-    for at in range(low, stop, KEYS):
-        key = at + tl.arange(0, KEYS)
-        known = key < keys
-        ks1 = _rows(k1, k_begin + key, kv_heads, kv, dim, known, DIM)
-        ks2 = _rows(k2, k_begin + key, kv_heads, kv, dim, known, DIM)
-        vs = _rows(v, k_begin + key, kv_heads, kv, value_dim, known, VALUE)
-        seen = _seen(row[:, None], key[None, :], queries, keys, window, mask, CAUSAL, MASK)
-        P1 = _softmax(qs1, ks1, seen, base1[:, None], scale, PRECISION)
-        P2 = _softmax(qs2, ks2, seen, base2[:, None], scale, PRECISION)
-        dP = tl.where(seen, tl.dot(dos, tl.trans(vs), input_precision=PRECISION), 0.0)
-        total1 += tl.sum(P1 * dP, 1)
-        total2 += tl.sum(P2 * dP, 1)
+    low, full, stop = _keys_of(block * ROWS, queries, keys, window, CAUSAL, SPLIT, ROWS, KEYS)
+    for EDGE in tl.static_range(1 - SPLIT, 2):
+        for at in range(full if EDGE else low, stop if EDGE else full, KEYS):
+            key = at + tl.arange(0, KEYS)
+            known = key < keys
+            ks1 = _rows(k1, k_begin + key, kv_heads, kv, dim, known, DIM)
+            ks2 = _rows(k2, k_begin + key, kv_heads, kv, dim, known, DIM)
+            vs = _rows(v, k_begin + key, kv_heads, kv, value_dim, known, VALUE)
+            seen = _seen(row[:, None], key[None, :], queries, keys, window, mask, mask_begin, EDGE, CAUSAL, MASK)
+            P1 = _softmax(qs1, ks1, seen, base1[:, None], scale, EDGE, PRECISION)
+            P2 = _softmax(qs2, ks2, seen, base2[:, None], scale, EDGE, PRECISION)
+            dP = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
+            total1 += tl.sum(P1 * dP, 1)
+            total2 += tl.sum(P2 * dP, 1)
     tl.store(delta1 + token * heads + head, total1, mask=inside)
     tl.store(delta2 + token * heads + head, total2, mask=inside)
 
 
 @triton.jit
 def grad_q_kernel(
-    q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, sequences, blocks, grad_out, lse1, lse2, delta1, delta2,
+    q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, sequences, grad_out, lse1, lse2, delta1, delta2,
     grad_q1, grad_q2, heads, kv_heads, dim, value_dim, window, scale,
-    DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """dQ_s = scale dS_s K_s with dS_s = w_s P_s (dP - delta_s), of a block of queries."""
     program, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    block = tl.load(blocks + program).to(tl.int32)
-    if block < 0:
+    sequence, block = _find(program, q_offsets, sequences, ROWS)
+    if sequence < 0:
         return
-    q_begin, k_begin, queries, keys, mask = _place(tl.load(sequences + program), q_offsets, k_offsets, mask, MASK)
+    q_begin, k_begin, queries, keys, mask_begin = _place(sequence, q_offsets, k_offsets, MASK)
     kv = head // (heads // kv_heads)
     row = block * ROWS + tl.arange(0, ROWS)
     inside = row < queries
@@ -229,24 +271,25 @@ def grad_q_kernel(
         qs2 = _rows(q2, token, heads, head, dim, inside, DIM)
         base2, mean2 = _statistics(lse2, delta2, token * heads + head, inside)
         dqs2 = tl.zeros((ROWS, DIM), tl.float32)
-    low, stop = _keys_of(block * ROWS, queries, keys, window, CAUSAL, ROWS, KEYS)
-    for at in range(low, stop, KEYS):
-        key = at + tl.arange(0, KEYS)
-        known = key < keys
-        ks1 = _rows(k1, k_begin + key, kv_heads, kv, dim, known, DIM)
-        if DOUBLE:
-            ks2 = _rows(k2, k_begin + key, kv_heads, kv, dim, known, DIM)
-        vs = _rows(v, k_begin + key, kv_heads, kv, value_dim, known, VALUE)
-        seen = _seen(row[:, None], key[None, :], queries, keys, window, mask, CAUSAL, MASK)
-        P = _softmax(qs1, ks1, seen, base1[:, None], scale, PRECISION)
-        if DOUBLE:
-            other = _softmax(qs2, ks2, seen, base2[:, None], scale, PRECISION)
-        dP = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
-        dS = P * (dP - mean1[:, None])
-        dqs1 += tl.dot(dS.to(ks1.dtype), ks1, input_precision=PRECISION)
-        if DOUBLE:
-            dS = other * (dP - mean2[:, None])
-            dqs2 += tl.dot(dS.to(ks2.dtype), ks2, input_precision=PRECISION)
+    low, full, stop = _keys_of(block * ROWS, queries, keys, window, CAUSAL, SPLIT, ROWS, KEYS)
+    for EDGE in tl.static_range(1 - SPLIT, 2):
+        for at in range(full if EDGE else low, stop if EDGE else full, KEYS):
+            key = at + tl.arange(0, KEYS)
+            known = key < keys
+            ks1 = _rows(k1, k_begin + key, kv_heads, kv, dim, known, DIM)
+            if DOUBLE:
+                ks2 = _rows(k2, k_begin + key, kv_heads, kv, dim, known, DIM)
+            vs = _rows(v, k_begin + key, kv_heads, kv, value_dim, known, VALUE)
+            seen = _seen(row[:, None], key[None, :], queries, keys, window, mask, mask_begin, EDGE, CAUSAL, MASK)
+            P = _softmax(qs1, ks1, seen, base1[:, None], scale, EDGE, PRECISION)
+            if DOUBLE:
+                other = _softmax(qs2, ks2, seen, base2[:, None], scale, EDGE, PRECISION)
+            dP = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
+            dS = P * (dP - mean1[:, None])
+            dqs1 += tl.dot(dS.to(ks1.dtype), ks1, input_precision=PRECISION)
+            if DOUBLE:
+                dS = other * (dP - mean2[:, None])
+                dqs2 += tl.dot(dS.to(ks2.dtype), ks2, input_precision=PRECISION)
     _store_rows(grad_q1, token, heads, head, dim, inside, dqs1 * scale, DIM)
     if DOUBLE:
         _store_rows(grad_q2, token, heads, head, dim, inside, dqs2 * (-scale * tl.load(lam + head)), DIM)
@@ -254,17 +297,18 @@ def grad_q_kernel(
 
 @triton.jit
 def grad_kv_kernel(
-    q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, sequences, blocks, grad_out, lse1, lse2, delta1, delta2,
+    q1, k1, q2, k2, v, lam, mask, q_offsets, k_offsets, sequences, grad_out, lse1, lse2, delta1, delta2,
     grad_k1, grad_k2, grad_v, heads, kv_heads, dim, value_dim, window, scale,
-    DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    DOUBLE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """dK_s = scale dS_s^T Q_s and dV = (P_1 - lambda P_2)^T dO of a block of keys, summed over the heads of a group."""
     program, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    block = tl.load(blocks + program).to(tl.int32)
-    if block < 0:
+    sequence, last = _find(program, k_offsets, sequences, KEYS)
+    if sequence < 0:
         return
-    q_begin, k_begin, queries, keys, mask = _place(tl.load(sequences + program), q_offsets, k_offsets, mask, MASK)
+    q_begin, k_begin, queries, keys, mask_begin = _place(sequence, q_offsets, k_offsets, MASK)
+    block = tl.cdiv(keys, KEYS) - 1 - last  # the first keys have most queries
     group, shift, start = heads // kv_heads, keys - queries, block * KEYS
     key = start + tl.arange(0, KEYS)
     known = key < keys
@@ -275,46 +319,70 @@ def grad_kv_kernel(
     if DOUBLE:
         ks2 = _rows(k2, k_begin + key, kv_heads, kv, dim, known, DIM)
         dks2 = tl.zeros((KEYS, DIM), tl.float32)
-    low, stop = 0, queries
+    low, full, stop = 0, 0, queries
     if CAUSAL:
         low = tl.maximum(start - shift, 0) // ROWS * ROWS
+        full = tl.cdiv(tl.maximum(start - shift + KEYS - 1, 0), ROWS) * ROWS
     if window > 0:
         stop = tl.minimum(stop, start + KEYS - shift + window - 1)
         if not CAUSAL:
             low = tl.maximum(start - shift - window + 1, 0) // ROWS * ROWS
-    steps = tl.maximum(tl.cdiv(stop - low, ROWS), 0)
-    # all tiles are transposed here, [keys, queries]
-    for turn in range(0, group * steps):
-        head = kv * group + turn // steps
-        row = low + turn % steps * ROWS + tl.arange(0, ROWS)
-        inside = row < queries
-        token = q_begin + row
-        qs1 = _rows(q1, token, heads, head, dim, inside, DIM)
-        if DOUBLE:
-            qs2 = _rows(q2, token, heads, head, dim, inside, DIM)
-        dos = _rows(grad_out, token, heads, head, value_dim, inside, VALUE)
-        seen = _seen(row[None, :], key[:, None], queries, keys, window, mask, CAUSAL, MASK)
-        base, mean = _statistics(lse1, delta1, token * heads + head, inside)
-        P = _softmax(ks1, qs1, seen, base[None, :], scale, PRECISION)
-        if DOUBLE:
-            other_base, other_mean = _statistics(lse2, delta2, token * heads + head, inside)
-            other = _softmax(ks2, qs2, seen, other_base[None, :], scale, PRECISION) * tl.load(lam + head)
-        dP = tl.dot(vs, tl.trans(dos), input_precision=PRECISION)
-        dS = P * (dP - mean[None, :])
-        dks1 += tl.dot(dS.to(qs1.dtype), qs1, input_precision=PRECISION)
-        if DOUBLE:
-            P -= other
-            dS = other * (other_mean[None, :] - dP)
-            dks2 += tl.dot(dS.to(qs2.dtype), qs2, input_precision=PRECISION)
-        dvs += tl.dot(P.to(dos.dtype), dos, input_precision=PRECISION)
+    if not SPLIT:
+        full = stop
+    full = tl.where(window > 0, stop, tl.minimum(full, stop))
+    # all tiles are transposed here, [keys, queries]; queries beyond the end are zeros, and so is what they give
+    for head in range(kv * group, kv * group + group):
+        for FULL in tl.static_range(1 + SPLIT):
+            for at in range(full if FULL else low, stop if FULL else full, ROWS):
+                row = at + tl.arange(0, ROWS)
+                inside = row < queries
+                token = q_begin + row
+                qs1 = _rows(q1, token, heads, head, dim, inside, DIM)
+                if DOUBLE:
+                    qs2 = _rows(q2, token, heads, head, dim, inside, DIM)
+                dos = _rows(grad_out, token, heads, head, value_dim, inside, VALUE)
+                seen = _seen(
+                    row[None, :], key[:, None], queries, keys, window, mask, mask_begin, 1 - FULL, CAUSAL, MASK
+                )
+                base, mean = _statistics(lse1, delta1, token * heads + head, inside)
+                P = _softmax(ks1, qs1, seen, base[None, :], scale, 1 - FULL, PRECISION)
+                if DOUBLE:
+                    other_base, other_mean = _statistics(lse2, delta2, token * heads + head, inside)
+                    other = _softmax(ks2, qs2, seen, other_base[None, :], scale, 1 - FULL, PRECISION) * tl.load(
+                        lam + head
+                    )
+                dP = tl.dot(vs, tl.trans(dos), input_precision=PRECISION)
+                dS = P * (dP - mean[None, :])
+                dks1 += tl.dot(dS.to(qs1.dtype), qs1, input_precision=PRECISION)
+                if DOUBLE:
+                    P -= other
+                    dS = other * (other_mean[None, :] - dP)
+                    dks2 += tl.dot(dS.to(qs2.dtype), qs2, input_precision=PRECISION)
+                dvs += tl.dot(P.to(dos.dtype), dos, input_precision=PRECISION)
     _store_rows(grad_k1, k_begin + key, kv_heads, kv, dim, known, dks1 * scale, DIM)
     _store_rows(grad_v, k_begin + key, kv_heads, kv, value_dim, known, dvs, VALUE)
     if DOUBLE:
         _store_rows(grad_k2, k_begin + key, kv_heads, kv, dim, known, dks2 * scale, DIM)
 
 
-def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, double: bool, pairs: bool) -> dict[str, Any]:
-    """Compile-time constants, and warps.
+# rows, keys, warps and stages in half precision on Hopper, the fastest of a few dozen on an H100: for one softmax with
+# heads of up to 64 and of 128, and for two
+TILES = (
+    {forward_kernel: (128, 64, 4, 3), grad_q_kernel: (64, 64, 4, 3), grad_kv_kernel: (64, 64, 4, 1)},
+    {forward_kernel: (128, 64, 8, 3), grad_q_kernel: (128, 64, 8, 3), grad_kv_kernel: (64, 128, 8, 1)},
+)
+DOUBLE_TILES = {
+    forward_kernel: (128, 64, 8, 3),
+    delta_kernel: (64, 64, 4, 2),
+    grad_q_kernel: (64, 64, 4, 1),
+    grad_kv_kernel: (32, 64, 4, 1),
+}
+
+
+def _options(
+    kernel: Any, dtype: torch.dtype, precision: str, width: int, double: bool, masked: bool, pairs: bool, measured: bool
+) -> dict[str, Any]:
+    """Compile-time constants, warps and stages.
 
     Args:
         kernel: one of the above.
@@ -322,8 +390,18 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, double
         precision: of products in float32.
         width: of the heads: 32, 64 or 128; with two softmaxes v is twice as wide.
         double: whether there are two softmaxes.
-        pairs: whether there is a mask of queries and keys.
+        masked: whether there is a mask.
+        pairs: whether it is one of queries and keys.
+        measured: whether it is for a chip that tiles have been measured on; elsewhere they are what doesn't spill.
     """
+    # whole tiles have a loop of their own where registers are left
+    split = int(dtype.itemsize == 2 and not masked)
+    shape = {"DIM": width, "VALUE": 2 * width if double else width, "PRECISION": precision, "SPLIT": split}
+    if kernel is not delta_kernel:
+        shape["DOUBLE"] = double
+    if measured and _has_measured_tiles(dtype, width, double, pairs):
+        rows, keys, warps, stages = (DOUBLE_TILES if double else TILES[width == WIDEST])[kernel]
+        return {**shape, "ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
     exact = dtype == torch.float32 and precision == "ieee"
     half = dtype.itemsize == 2
     # float32 products take registers for both factors; two softmaxes fill them with a mask, or when they are wide
@@ -339,32 +417,17 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, double
         side = step
     by_keys = kernel is grad_kv_kernel or (not half and kernel is delta_kernel)
     sizes = {"ROWS": step, "KEYS": side} if by_keys else {"ROWS": side, "KEYS": step}
-    constants = {**sizes, "DIM": width, "VALUE": 2 * width if double else width, "PRECISION": precision}
-    if kernel is not delta_kernel:
-        constants["DOUBLE"] = double
     few = (width == WIDEST and kernel is forward_kernel and not half) or (width == 32 and not exact)
-    return {**constants, "num_warps": 4 if few and not double else 8, "num_stages": 1}
+    return {**shape, **sizes, "num_warps": 4 if few and not double else 8, "num_stages": 1}
+
+
+def _has_measured_tiles(dtype: torch.dtype, width: int, double: bool, pairs: bool) -> bool:
+    return dtype.itemsize == 2 and not pairs and not (double and width == WIDEST)
 
 
 def _width(dim: int, value_dim: int, double: bool) -> int:
     wide = max(dim, -(-value_dim // 2) if double else value_dim)
     return next(width for width in (32, 64, WIDEST) if wide <= width)
-
-
-def _blocks(offsets: Tensor, tokens: int, size: int, *, last_first: bool) -> tuple[Tensor, Tensor]:
-    """For each program a sequence and a block of it, the ones with most work first; -1 where there are no more.
-
-    The lengths of the sequences are only known on the GPU, which isn't waited for.
-    """
-    sequences = offsets.shape[0] - 1
-    counts = torch.div(offsets.diff() + size - 1, size, rounding_mode="floor")
-    ends = counts.cumsum(0)
-    index = torch.arange(tokens // size + sequences, device=offsets.device)
-    sequence = torch.searchsorted(ends, index, right=True)
-    block = index - (ends - counts)[sequence.clamp(max=sequences - 1)]
-    block = block.masked_fill(sequence == sequences, -1)
-    order = block.argsort(descending=last_first, stable=True)
-    return sequence[order], block[order]
 
 
 class _Call:
@@ -376,11 +439,17 @@ class _Call:
     ) -> None:  # fmt: skip
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         self.double = len(qs) == 2
-        self.qs, self.ks, self.v = [q.contiguous() for q in qs], [k.contiguous() for k in ks], v.contiguous()
+        self.sign = -1.0 if scale < 0 else 1.0  # the kernels take a positive scale
+        self.qs, self.ks, self.v = (
+            [self.turned(q.contiguous()) for q in qs],
+            [k.contiguous() for k in ks],
+            v.contiguous(),
+        )
         self.offsets = dict(zip(("q_offsets", "k_offsets"), offsets, strict=True))
         (self.queries, self.heads, dim), (self.keys, self.kv_heads, value_dim) = qs[0].shape, v.shape
         pairs = mask is not None and mask.ndim == 3
-        self.shape = (qs[0].dtype, precision, _width(dim, value_dim, self.double), self.double, pairs)
+        width = _width(dim, value_dim, self.double)
+        self.shape = (qs[0].dtype, precision, width, self.double, mask is not None, pairs, is_hopper(v.device))
         self.arguments: dict[str, Any] = {
             **_named(q=self.qs, k=self.ks),
             "v": self.v,
@@ -388,21 +457,25 @@ class _Call:
             "mask": None if mask is None else mask.contiguous().view(torch.uint8),
             **self.offsets,
             "heads": self.heads, "kv_heads": self.kv_heads, "dim": dim, "value_dim": value_dim, "window": window,
-            "scale": scale, "CAUSAL": causal, "MASK": 0 if mask is None else mask.ndim // 2 + 1,
+            "scale": abs(scale) or 1e-30, "CAUSAL": causal, "MASK": 0 if mask is None else mask.ndim // 2 + 1,
         }  # fmt: skip
+
+    def turned(self, x: Tensor) -> Tensor:
+        """x with the sign of the scale."""
+        return x if self.sign > 0 else -x
 
     def __call__(self, kernel: Any, **more: Tensor | None) -> None:
         """Runs a kernel for all of its blocks."""
         options = _options(kernel, *self.shape)
-        if torch.version.hip and self.double:
-            options["num_warps"] = WAVEFRONTS
+        if torch.version.hip:
+            options |= {"num_stages": 1, "num_warps": WAVEFRONTS if self.double else options["num_warps"]}
         by_keys = kernel is grad_kv_kernel
         side, size = ("k", options["KEYS"]) if by_keys else ("q", options["ROWS"])
         tokens, heads = (self.keys, self.kv_heads) if by_keys else (self.queries, self.heads)
-        sequences, blocks = _blocks(self.offsets[f"{side}_offsets"], tokens, size, last_first=not by_keys)
-        given = {**self.arguments, "sequences": sequences, "blocks": blocks, **more, **options}
+        sequences = self.offsets[f"{side}_offsets"].shape[0] - 1
+        given = {**self.arguments, "sequences": sequences, **more, **options}
         run = {name: x for name, x in given.items() if name in kernel.arg_names or name.startswith("num_")}
-        kernel[(blocks.shape[0] * heads,)](**run)
+        kernel[((tokens // size + sequences) * heads,)](**run)
 
 
 def _named(**pairs: Sequence[Tensor]) -> dict[str, Tensor | None]:
@@ -471,7 +544,7 @@ def backward(
             call(delta_kernel, **shared)
         call(grad_q_kernel, **shared, **_named(grad_q=grad_qs))
         call(grad_kv_kernel, **shared, grad_v=grad_v, **_named(grad_k=grad_ks))
-    return grad_qs, grad_ks, grad_v, deltas
+    return [call.turned(grad) for grad in grad_qs], grad_ks, grad_v, deltas
 
 
 def launches(*, double: bool) -> list[Launch]:
@@ -482,18 +555,22 @@ def launches(*, double: bool) -> list[Launch]:
     for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
         masks = (0, 2) if dtype.itemsize == 2 else (0,)
         for mask, width, kernel in product(masks, (32, 64, WIDEST), kernels):
-            options = _options(kernel, dtype, precision, width, double, mask == 2)
-            warps, stages = options.pop("num_warps"), options.pop("num_stages")
-            absent = (*unused, *(() if mask else ("mask",)))
-            found.append(
-                Launch(
-                    kernel, {**options, "CAUSAL": True, "MASK": mask}, dtype,
-                    states=("lam", "lse1", "lse2", "delta1", "delta2"),
-                    integers=("q_offsets", "k_offsets", "sequences", "blocks"), bytes=("mask",),
-                    scalars=("heads", "kv_heads", "dim", "value_dim", "window"), floats=("scale",),
-                    absent=tuple(name for name in absent if name in kernel.arg_names),
-                    warps=warps, wavefronts=WAVEFRONTS if double else warps, stages=stages,
-                    label=f"{width} {precision}" + (" masked" if mask else ""), matmul=dtype != torch.float32,
-                )
-            )  # fmt: skip
+            measured = _has_measured_tiles(dtype, width, double, mask == 2)
+            for hopper in (False, True) if measured else (False,):
+                options = _options(kernel, dtype, precision, width, double, mask > 0, mask == 2, hopper)
+                warps, stages = options.pop("num_warps"), options.pop("num_stages")
+                absent = (*unused, *(() if mask else ("mask",)))
+                found.append(
+                    Launch(
+                        kernel, {**options, "CAUSAL": True, "MASK": mask}, dtype,
+                        states=("lam", "lse1", "lse2", "delta1", "delta2"),
+                        integers=("q_offsets", "k_offsets"), bytes=("mask",),
+                        scalars=("sequences", "heads", "kv_heads", "dim", "value_dim", "window"), floats=("scale",),
+                        absent=tuple(name for name in absent if name in kernel.arg_names),
+                        warps=warps, wavefronts=WAVEFRONTS if double else warps, stages=stages,
+                        label=f"{width} {precision}" + (" masked" if mask else ""), matmul=dtype != torch.float32,
+                        chips=chips(hopper, measured),
+                        spills=MEASURED_SPILLS if hopper else 0,
+                    )
+                )  # fmt: skip
     return found

@@ -20,12 +20,15 @@ import torch
 
 from mlreviews_kernels.backends import Core, cores
 
-__all__ = ["SHARED_MEMORY", "TARGETS", "Launch", "Resources", "analyse", "launches"]
+__all__ = ["MEASURED_SPILLS", "SHARED_MEMORY", "TARGETS", "Launch", "Resources", "analyse", "chips", "launches"]
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # bytes of shared memory that one block may have: CUDA programming guide, table of compute capabilities; CDNA3 ISA guide
 SHARED_MEMORY = MappingProxyType({"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024})
+
+# bytes that ptxas may spill in tiles that were the fastest of all measured ones
+MEASURED_SPILLS = 256
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
@@ -46,7 +49,9 @@ class Launch:
         absent: pointer arguments that are None in this configuration.
         warps: warps of a block.
         wavefronts: the same on AMD; as many as warps if 0.
-        stages: of the software pipeline.
+        stages: of the software pipeline; 1 on AMD, whose blocks have little shared memory.
+        chips: of `TARGETS`, on which it is chosen.
+        spills: bytes of registers that it may spill, where that was measured to be faster than what spills none.
         label: what tells it from others of the same kernel and dtype.
         matmul: whether it must use the tensor cores (with half-precision inputs).
     """
@@ -63,6 +68,8 @@ class Launch:
     warps: int = 4
     wavefronts: int = 0
     stages: int = 1
+    chips: tuple[str, ...] = TARGETS
+    spills: int = 0
     label: str = ""
     matmul: bool = False
 
@@ -109,12 +116,17 @@ class Resources:
     tensor_cores: str = field(default="")
 
 
-def launches(core: Core) -> list[Launch]:
-    """The configurations of a core; none where it has no Triton kernels."""
+def chips(hopper: bool, measured: bool) -> tuple[str, ...]:
+    """Where a configuration is chosen that has (or is) a counterpart with tiles that were measured on Hopper."""
+    return ("sm_90",) if hopper else tuple(target for target in TARGETS if target != "sm_90" or not measured)
+
+
+def launches(core: Core, target: str | None = None) -> list[Launch]:
+    """The configurations of a core, on one chip or on all; none where it has no Triton kernels."""
     if "gpu.py" not in core.files:
         return []
     found: list[Launch] = importlib.import_module(f"mlreviews_kernels.{core.name}.gpu").launches()
-    return found
+    return [launch for launch in found if target is None or target in launch.chips]
 
 
 def analyse(names: tuple[str, ...] = (), targets: tuple[str, ...] = TARGETS, *, every: int = 1) -> Iterator[Resources]:
@@ -137,8 +149,8 @@ def analyse(names: tuple[str, ...] = (), targets: tuple[str, ...] = TARGETS, *, 
         raise RuntimeError("static analysis compiles kernels: run it in a process without TRITON_INTERPRET=1")
     for core in cores():
         if not names or core.name in names:
-            for launch in launches(core)[::every]:
-                for target in targets:
+            for target in targets:
+                for launch in launches(core, target)[::every]:
                     yield _compile(core.name, launch, target)
 
 
@@ -159,7 +171,7 @@ def _compile(core: str, launch: Launch, target: str) -> Resources:
     }
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=aligned)
     warps = launch.warps if cuda else launch.wavefronts or launch.warps
-    options = {"num_warps": warps, "num_stages": launch.stages}
+    options = {"num_warps": warps, "num_stages": launch.stages if cuda else 1}
     compiled = triton.compile(source, target=chip, options=options)
     read = _read_cuda if cuda else _read_amd
     return Resources(core, launch.name, target, *read(compiled))

@@ -21,20 +21,23 @@ warnings.filterwarnings("ignore")
 from mlreviews_kernels.static import analyse, launches
 from mlreviews_kernels.backends import cores
 core, target, every = *sys.argv[1:3], int(sys.argv[3])
-matmul = [launch.matmul for launch in launches(next(c for c in cores() if c.name == core))[::every]]
+chosen = launches(next(c for c in cores() if c.name == core), target)[::every]
 found = [dataclasses.asdict(resources) for resources in analyse((core,), (target,), every=every)]
-print(json.dumps([found, matmul]))
+print(json.dumps([found, [launch.matmul for launch in chosen], [launch.spills for launch in chosen]]))
 """
 
 
-def compiled(core: str, target: str, every: int) -> tuple[list[Resources], list[bool]]:
-    """In a process of its own: in this one triton interprets."""
+def compiled(core: str, target: str, every: int) -> tuple[list[Resources], list[bool], list[int]]:
+    """What was found of each configuration, whether it multiplies matrices, and the bytes it may spill.
+
+    In a process of its own: in this one triton interprets.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", CODE, core, target, str(every)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    found, matmul = json.loads(result.stdout)
-    return [Resources(**fields) for fields in found], matmul
+    found, matmul, spills = json.loads(result.stdout)
+    return [Resources(**fields) for fields in found], matmul, spills
 
 
 # By default a third of the configurations for one chip; all of them take as long as all other tests together.
@@ -46,11 +49,11 @@ chips = pytest.mark.parametrize(
 
 @chips
 @pytest.mark.parametrize("core", CORES)
-def test_no_spills_and_within_the_chip(core: str, target: str, every: int) -> None:
-    found, matmul = compiled(core, target, every)
+def test_no_spills_but_measured_ones_and_within_the_chip(core: str, target: str, every: int) -> None:
+    found, matmul, spills = compiled(core, target, every)
     assert len(found) == len(matmul) > 0
-    for resources, uses_matrices in zip(found, matmul, strict=True):
-        assert resources.spilled == 0, resources
+    for resources, uses_matrices, permitted in zip(found, matmul, spills, strict=True):
+        assert resources.spilled <= permitted, resources
         assert 0 < resources.registers <= (512 if target == "gfx942" else 255), resources
         assert resources.shared <= SHARED_MEMORY[target], resources
         if uses_matrices and "fp32" not in resources.launch:

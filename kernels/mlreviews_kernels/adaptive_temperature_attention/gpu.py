@@ -12,6 +12,7 @@ are exact unless `torch.set_float32_matmul_precision` asks for less.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mlreviews_kernels.adaptive_temperature_attention.reference import inverse_temperature
-from mlreviews_kernels.static import Launch
+from mlreviews_kernels.backends import is_hopper
+from mlreviews_kernels.static import MEASURED_SPILLS, Launch, chips
 
 SIDE = 64  # queries or keys of a block in half precision; half as many in float32
 WIDTHS = (32, 64, 128)  # heads that there are kernels for, filled up with zeros
@@ -235,21 +237,39 @@ def grad_kv_kernel(
 KERNELS = (entropy_kernel, forward_kernel, grad_q_kernel, grad_kv_kernel)
 
 
-def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int) -> dict[str, Any]:
-    """Compile-time constants, and warps."""
-    full = dtype == torch.float32
-    exact = full and precision == "ieee"
-    side = SIDE if not full else SIDE // 2
-    step = 16 if kernel is grad_kv_kernel and width == WIDTHS[-1] else max(16, side // 2)
-    sizes = {"ROWS": step, "KEYS": side} if kernel is grad_kv_kernel else {"ROWS": side, "KEYS": step}
-    # as few as hold the tiles on every chip
-    if kernel is grad_kv_kernel:
-        few = width >= 64 and full and not exact
-    elif kernel is grad_q_kernel:
-        few = width == 64 and full
+# rows, keys, warps and stages in half precision on Hopper, the fastest of dozens on an H100: for heads of up to 64,
+# and of 128
+TILES = (
+    {
+        entropy_kernel: (64, 64, 4, 1), forward_kernel: (64, 64, 4, 1),
+        grad_q_kernel: (64, 64, 4, 1), grad_kv_kernel: (32, 64, 4, 3),
+    },
+    {
+        entropy_kernel: (128, 64, 8, 3), forward_kernel: (64, 64, 4, 1),
+        grad_q_kernel: (64, 64, 4, 1), grad_kv_kernel: (32, 128, 8, 1),
+    },
+)  # fmt: skip
+
+
+def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, measured: bool) -> dict[str, Any]:
+    """Compile-time constants, warps and stages; measured: for a chip that tiles have been measured on."""
+    if measured and dtype.itemsize == 2:
+        rows, keys, warps, stages = TILES[width == WIDTHS[-1]][kernel]
     else:
-        few = width == 32 and not exact and kernel is forward_kernel
-    return {**sizes, "DIM": width, "PRECISION": precision, "num_warps": 4 if few else 8, "num_stages": 1}
+        full, exact = dtype == torch.float32, dtype == torch.float32 and precision == "ieee"
+        side = SIDE if not full else SIDE // 2
+        step = 16 if kernel is grad_kv_kernel and width == WIDTHS[-1] else max(16, side // 2)
+        rows, keys = (step, side) if kernel is grad_kv_kernel else (side, step)
+        # as few as hold the tiles on every chip
+        if kernel is grad_kv_kernel:
+            few = width >= 64 and full and not exact
+        elif kernel is grad_q_kernel:
+            few = width == 64 and full
+        else:
+            few = width == 32 and not exact and kernel is forward_kernel
+        warps, stages = 4 if few else 8, 1
+    sizes = {"ROWS": rows, "KEYS": keys, "DIM": width, "PRECISION": precision}
+    return {**sizes, "num_warps": warps, "num_stages": stages}
 
 
 class _Call:
@@ -258,7 +278,8 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> None:
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         (self.batch, self.queries, self.heads, dim), (_, self.keys, self.kv_heads, value_dim) = q.shape, v.shape
-        self.kind = q.dtype, precision, next(width for width in WIDTHS if max(dim, value_dim) <= width)
+        width = next(width for width in WIDTHS if max(dim, value_dim) <= width)
+        self.kind = q.dtype, precision, width, is_hopper(q.device)
         self.arguments: dict[str, Any] = {
             **dict(zip("qkv", (x.contiguous() for x in (q, k, v)), strict=True)),
             "mask": None if mask is None else mask.contiguous().view(torch.uint8),
@@ -334,19 +355,20 @@ def launches() -> list[Launch]:
     """The configurations for the static analysis: causal, and in half precision also with a mask of pairs."""
     found = []
     for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
-        for width in WIDTHS:
-            for kernel in KERNELS:
-                for mask in (0, 2) if dtype == torch.bfloat16 else (0,):
-                    options = _options(kernel, dtype, precision, width)
-                    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-                    launch = Launch(
-                        kernel, {**options, "CAUSAL": True, "MASK": mask}, dtype,
-                        states=("lse", "entropy", "beta", "sharp", "slope", "delta", "grad_entropy", "through"),
-                        integers=(), bytes=("mask",),
-                        scalars=("queries", "keys", "heads", "kv_heads", "dim", "value_dim"), floats=("scale",),
-                        absent=() if mask else ("mask",),
-                        warps=warps, stages=stages, label=f"{width} {precision}" + (" masked" if mask else ""),
-                        matmul=dtype != torch.float32,
-                    )  # fmt: skip
-                    found.append(launch)
+        half = dtype.itemsize == 2
+        for width, kernel, mask, hopper in product(WIDTHS, KERNELS, (0, 2) if half else (0,), (False, True)):
+            if hopper and not half:
+                continue
+            options = _options(kernel, dtype, precision, width, hopper)
+            warps, stages = options.pop("num_warps"), options.pop("num_stages")
+            launch = Launch(
+                kernel, {**options, "CAUSAL": True, "MASK": mask}, dtype,
+                states=("lse", "entropy", "beta", "sharp", "slope", "delta", "grad_entropy", "through"),
+                integers=(), bytes=("mask",),
+                scalars=("queries", "keys", "heads", "kv_heads", "dim", "value_dim"), floats=("scale",),
+                absent=() if mask else ("mask",),
+                warps=warps, stages=stages, label=f"{width} {precision}" + (" masked" if mask else ""),
+                matmul=dtype != torch.float32, chips=chips(hopper, half), spills=MEASURED_SPILLS if hopper else 0,
+            )  # fmt: skip
+            found.append(launch)
     return found

@@ -13,19 +13,22 @@ atomically. In float32 products are exact unless `torch.set_float32_matmul_preci
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.backends import is_hopper
 from mlreviews_kernels.selective_attention import cpu
 from mlreviews_kernels.softmaxes import WIDEST
-from mlreviews_kernels.static import Launch
+from mlreviews_kernels.static import MEASURED_SPILLS, Launch, chips
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 SIDE = 64  # queries and keys of a tile in half precision; half as many in float32
-SPAN = 512  # queries whose F is kept
+SPAN = 2048  # queries, of all sequences together, whose F is kept
 
 
 @triton.jit
@@ -83,9 +86,11 @@ def select_kernel(
 
 
 @triton.jit
-def _bias(F, batch, keys, row, column, start, stop):
+def _bias(F, batch, queries, keys, row, column, start, stop):
+    """A tile of F, infinite where a query comes before the key: not all of that was written."""
     at = F + (batch * (stop - start) + row[:, None] - start) * keys + column[None, :]
-    return tl.load(at, mask=(row < stop)[:, None] & (column < keys)[None, :], other=float("inf"))
+    found = tl.load(at, mask=(row < stop)[:, None] & (column < keys)[None, :], other=float("inf"))
+    return tl.where(column[None, :] <= keys - queries + row[:, None], found, float("inf"))
 
 
 @triton.jit
@@ -109,14 +114,14 @@ def forward_kernel(
     for first in range(0, tl.minimum(keys, keys - queries + start + (block + 1) * SIDE), STEP):
         column = first + tl.arange(0, STEP)
         ks = _rows(k, batch, keys, kv_heads, kv_head, column, dim, column < keys, DIM)
-        F_tile = _bias(F, batch, keys, row, column, start, stop)
-        logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale - F_tile
+        F_tile = _bias(F, batch, queries, keys, row, column, start, stop)
+        logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * (scale * LOG2_E) - F_tile * LOG2_E
         if head == 0:
             left += tl.sum(tl.where(F_tile < tau, 1.0 - F_tile / tau, 0.0), axis=1)
         most = tl.maximum(highest, tl.max(logits, axis=1))
         shift = tl.where(most == float("-inf"), 0.0, most)
-        weights = tl.exp(logits - shift[:, None])
-        kept = tl.exp(highest - shift)
+        weights = tl.exp2(logits - shift[:, None])
+        kept = tl.exp2(highest - shift)
         sums = sums * kept + tl.sum(weights, axis=1)
         vs = _rows(v, batch, keys, kv_heads, kv_head, column, v_dim, column < keys, DIM)
         outs = outs * kept[:, None]
@@ -125,7 +130,7 @@ def forward_kernel(
     some = sums > 0.0
     safe = tl.where(some, sums, 1.0)
     _store_rows(out, batch, queries, heads, head, row, v_dim, inside, outs / safe[:, None], DIM)
-    found = tl.where(some, highest + tl.log(safe), float("-inf"))
+    found = tl.where(some, highest / LOG2_E + tl.log(safe), float("-inf"))
     tl.store(lse + (batch * heads + head) * queries + row, found, mask=inside)
     if head == 0:
         tl.store(memory + batch * queries + row, left, mask=inside)
@@ -134,8 +139,8 @@ def forward_kernel(
 @triton.jit
 def _weights(qs, ks, vs, dos, F_tile, shift, mean, scale, PRECISION: tl.constexpr):
     """P and the gradient of its logits."""
-    logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale - F_tile
-    P = tl.exp(logits - shift[:, None])
+    logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * (scale * LOG2_E) - F_tile * LOG2_E
+    P = tl.exp2(logits - shift[:, None])
     dP = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
     return P, P * (dP - mean[:, None])
 
@@ -143,7 +148,7 @@ def _weights(qs, ks, vs, dos, F_tile, shift, mean, scale, PRECISION: tl.constexp
 @triton.jit
 def _statistics(lse, delta, at, row, inside):
     shift = tl.load(lse + at + row, mask=inside, other=0.0)
-    return tl.where(shift == float("-inf"), 0.0, shift), tl.load(delta + at + row, mask=inside, other=0.0)
+    return tl.where(shift == float("-inf"), 0.0, shift) * LOG2_E, tl.load(delta + at + row, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -162,7 +167,7 @@ def grad_selection_kernel(
     column = block * STEP + tl.arange(0, STEP)
     inside = row < stop
     if block * STEP <= keys - queries + start + (row_block + 1) * SIDE - 1:
-        F_tile = _bias(F, batch, keys, row, column, start, stop)
+        F_tile = _bias(F, batch, queries, keys, row, column, start, stop)
         less = tl.load(grad_memory + batch * queries + row, mask=inside, other=0.0) / tau
         grads = tl.where(F_tile <= tau, -less[:, None], 0.0)
         for head in range(0, heads):
@@ -196,10 +201,10 @@ def select_backward_kernel(
         inside = row < stop
         qs = _rows(q, batch, queries, heads, selector, row, dim, inside, DIM)
         logits = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale
-        selects, _ = _selected(logits, counts, firsts, batch, queries, keys, row, column, inside)
+        selects, visible = _selected(logits, counts, firsts, batch, queries, keys, row, column, inside)
         at = grad_F + (batch * (stop - start) + row[:, None] - start) * keys + column[None, :]
         mask = inside[:, None] & (column < keys)[None, :]
-        grads = tl.load(at, mask=mask, other=0.0)
+        grads = tl.where(visible, tl.load(at, mask=mask, other=0.0), 0.0)  # the rest may not have been written
         total = tl.sum(grads, axis=0)
         below = later[None, :] + (total[None, :] - tl.cumsum(grads, axis=0))
         tl.store(at, tl.where(selects, below, 0.0), mask=mask)
@@ -229,7 +234,7 @@ def grad_q_kernel(
         column = first + tl.arange(0, STEP)
         ks = _rows(k, batch, keys, kv_heads, kv_head, column, dim, column < keys, DIM)
         vs = _rows(v, batch, keys, kv_heads, kv_head, column, v_dim, column < keys, DIM)
-        F_tile = _bias(F, batch, keys, row, column, start, stop)
+        F_tile = _bias(F, batch, queries, keys, row, column, start, stop)
         _, dL = _weights(qs, ks, vs, dos, F_tile, shift, mean, scale, PRECISION)
         # what the selector's logits get through F, of what its queries see: the rest was not written
         limit = tl.where(head == selector, float("inf"), float("-inf"))
@@ -268,7 +273,9 @@ def grad_kv_kernel(
         shift, mean = _statistics(lse, delta, (batch * heads + head) * queries, row, inside)
         at = (batch * (stop - start) + row[None, :] - start) * keys + column[:, None]
         F_tile = tl.load(F + at, mask=inside[None, :] & known[:, None], other=float("inf"))
-        P = tl.exp(tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * scale - F_tile - shift[None, :])
+        F_tile = tl.where(column[:, None] <= keys - queries + row[None, :], F_tile, float("inf"))
+        logits = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * (scale * LOG2_E) - F_tile * LOG2_E
+        P = tl.exp2(logits - shift[None, :])
         dvs += tl.dot(P.to(dos.dtype), dos, input_precision=PRECISION)
         dL = P * (tl.dot(vs, tl.trans(dos), input_precision=PRECISION) - mean[None, :])
         limit = tl.where(head == selector, float("inf"), float("-inf"))
@@ -278,57 +285,63 @@ def grad_kv_kernel(
     _store_rows(grad_v, batch, keys, kv_heads, kv_head, column, v_dim, known, dvs, DIM)
 
 
-class _Tile(NamedTuple):
-    """Compile-time constants, and warps: blocks of queries or keys, how many of the others at a time, and dim."""
+# side, step, warps and stages in half precision on Hopper, the fastest of dozens on an H100: for heads of up to 64,
+# and of 128
+TILES = (
+    {
+        select_kernel: (64, 0, 8, 1), forward_kernel: (64, 64, 4, 2), grad_selection_kernel: (64, 64, 4, 3),
+        select_backward_kernel: (64, 0, 4, 1), grad_q_kernel: (64, 64, 4, 1), grad_kv_kernel: (64, 64, 4, 1),
+    },
+    {
+        select_kernel: (64, 0, 8, 1), forward_kernel: (64, 64, 4, 1), grad_selection_kernel: (64, 64, 4, 3),
+        select_backward_kernel: (64, 0, 8, 1), grad_q_kernel: (64, 64, 4, 1), grad_kv_kernel: (64, 32, 4, 1),
+    },
+)  # fmt: skip
 
-    side: int
-    step: int
-    dim: int
-    precision: str
 
-    def constants(self, kernel: Any) -> dict[str, Any]:
-        # what holds four tiles has smaller ones
-        narrow = max(16, self.side // (4 if self.dim == WIDEST else 2))
-        step = {"STEP": narrow if kernel is grad_kv_kernel else self.step} if "STEP" in kernel.arg_names else {}
-        return {"SIDE": self.side, "DIM": self.dim, "PRECISION": self.precision, **step}
+def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, measured: bool) -> dict[str, Any]:
+    """Compile-time constants, warps and stages.
 
-    def options(self, kernel: Any) -> dict[str, Any]:
-        return {**self.constants(kernel), "num_warps": self.warps(kernel), "num_stages": 1}
-
-    def warps(self, kernel: Any) -> int:
-        """Of a block: as few as hold the tiles without spilling."""
-        exact = self.side != SIDE and self.precision == "ieee"
+    Args:
+        kernel: one of the above.
+        dtype: of q, k and v.
+        precision: of products in float32.
+        width: of the heads: 32, 64 or 128.
+        measured: whether it is for a chip that tiles have been measured on; elsewhere they are what doesn't spill.
+    """
+    half = dtype.itemsize == 2
+    if half and measured:
+        side, step, warps, stages = TILES[width == WIDEST][kernel]
+    else:
+        exact = not half and precision == "ieee"
+        # float32 products take registers for both factors
+        side = SIDE if half else SIDE // 2
+        step = max(16, side // 2) if width == WIDEST or exact else side
+        if kernel is grad_kv_kernel:  # it holds four tiles
+            step = max(16, side // (4 if width == WIDEST else 2))
         if kernel is select_kernel:
             few = True
         elif kernel is select_backward_kernel:
-            few = self.dim == 32 or (self.dim == 64 and self.side != SIDE) or self.precision == "tf32"
+            few = width == 32 or (width == 64 and not half) or precision == "tf32"
         elif kernel is grad_kv_kernel:
-            few = exact and self.dim == 64
+            few = exact and width == 64
         elif exact and kernel in (forward_kernel, grad_q_kernel):
-            few = self.dim == WIDEST or (self.dim == 32 and kernel is grad_q_kernel)
+            few = width == WIDEST or (width == 32 and kernel is grad_q_kernel)
         else:
-            few = self.dim == 32
-        return 4 if few else 8
-
-
-def _tile(dim: int, dtype: torch.dtype, precision: str) -> _Tile:
-    # float32 products take registers for both factors
-    side = SIDE if dtype.itemsize == 2 else SIDE // 2
-    dim = next(width for width in (32, 64, WIDEST) if dim <= width)
-    narrow = dim == WIDEST or (precision == "ieee" and dtype == torch.float32)
-    return _Tile(side, max(16, side // 2) if narrow else side, dim, precision)
-
-
-def _tile_of(q: Tensor, v: Tensor) -> _Tile:
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return _tile(max(q.shape[3], v.shape[3]), q.dtype, precision)
+            few = width == 32
+        warps, stages = 4 if few else 8, 1
+    steps = {"STEP": step} if "STEP" in kernel.arg_names else {}
+    return {"SIDE": side, "DIM": width, "PRECISION": precision, **steps, "num_warps": warps, "num_stages": stages}
 
 
 class _Spans:
     """What the spans of one call share: its numbers, which tokens count, and F span by span."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, selector: int, scale: float, tile: _Tile) -> None:
-        self.q, self.k, self.selector, self.scale, self.tile = q, k, selector, scale, tile
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, selector: int, scale: float) -> None:
+        self.q, self.k, self.selector, self.scale = q, k, selector, scale
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        width = next(width for width in (32, 64, WIDEST) if max(q.shape[3], v.shape[3]) <= width)
+        self.kind = q.dtype, precision, width, is_hopper(q.device)
         self.batch, self.queries, self.heads, dim = q.shape
         self.keys, self.kv_heads = k.shape[1:3]
         self.dims = (dim, v.shape[3])
@@ -336,7 +349,8 @@ class _Spans:
         self.firsts = mask.to(torch.int32).argmax(1)
 
     def bounds(self) -> list[tuple[int, int]]:
-        return [(start, min(start + SPAN, self.queries)) for start in range(0, self.queries, SPAN)]
+        span = max(SPAN // self.batch, SPAN // 8)
+        return [(start, min(start + span, self.queries)) for start in range(0, self.queries, span)]
 
     def sizes(self) -> tuple[int, int, int, int]:
         return self.queries, self.keys, self.heads, self.kv_heads
@@ -352,10 +366,21 @@ class _Spans:
         self._by_keys(select_backward_kernel, carry, grad_F, start, stop)
 
     def _by_keys(self, kernel: Any, carry: Tensor, F: Tensor, start: int, stop: int) -> None:
-        kernel[(self.batch * triton.cdiv(self.keys, self.tile.side),)](
+        options = _options(kernel, *self.kind)
+        kernel[(self.batch * triton.cdiv(self.keys, options["SIDE"]),)](
             self.q, self.k, self.counts, self.firsts, carry, F, *self.sizes(), self.dims[0], self.selector,
-            start, stop, self.scale, **self.tile.options(kernel),
+            start, stop, self.scale, **options,
         )  # fmt: skip
+
+    def run(self, kernel: Any, tensors: tuple[Tensor, ...], start: int, stop: int, *numbers: float) -> None:
+        """Runs one of the other kernels for all of its blocks."""
+        options = _options(kernel, *self.kind)
+        blocks = triton.cdiv(self.keys if kernel is grad_kv_kernel else stop - start, options["SIDE"])
+        if kernel is grad_selection_kernel:
+            each = triton.cdiv(self.keys, options["STEP"])
+        else:
+            each = self.kv_heads if kernel is grad_kv_kernel else self.heads
+        kernel[(self.batch * blocks * each,)](*tensors, *self.sizes(), *self.dims, *numbers, **options)
 
 
 def selective_attention(
@@ -365,29 +390,14 @@ def selective_attention(
     if q.numel() == 0:
         return cpu.vectorised(q, k, v, initial, mask, selector, scale, tau)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    spans = _Spans(q, k, v, mask, selector, scale, tile := _tile_of(q, v))
+    spans = _Spans(q, k, v, mask, selector, scale)
     batch, queries, heads = q.shape[:3]
     out = q.new_empty((batch, queries, heads, v.shape[3]))
     lse, memory = initial.new_empty((batch, heads, queries)), initial.new_empty((batch, queries))
     selection = initial.clone(memory_format=torch.contiguous_format)
     for start, stop in spans.bounds():
         F = spans.select(selection, start, stop)
-        forward_kernel[(batch * heads * triton.cdiv(stop - start, tile.side),)](
-            q,
-            k,
-            v,
-            F,
-            out,
-            lse,
-            memory,
-            *spans.sizes(),
-            *spans.dims,
-            start,
-            stop,
-            scale,
-            tau,
-            **tile.options(forward_kernel),
-        )
+        spans.run(forward_kernel, (q, k, v, F, out, lse, memory), start, stop, start, stop, scale, tau)
     return out, lse, selection, memory
 
 
@@ -411,8 +421,8 @@ def selective_attention_backward(
         grads = (grad_out, grad_selection, grad_memory)
         return cpu.vectorised_backward(*grads, q, k, v, initial, mask, selector, scale, tau)
     grad_out, grad_memory, q, k, v = (x.contiguous() for x in (grad_out, grad_memory, q, k, v))
-    spans = _Spans(q, k, v, mask, selector, scale, tile := _tile_of(q, v))
-    bounds, batch = spans.bounds(), q.shape[0]
+    spans = _Spans(q, k, v, mask, selector, scale)
+    bounds = spans.bounds()
     delta = (grad_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
     carries = [initial.clone(memory_format=torch.contiguous_format)]  # F of each span's first query
     for start, stop in bounds[:-1]:
@@ -421,31 +431,14 @@ def selective_attention_backward(
     grad_initial = grad_selection.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    key_blocks = triton.cdiv(spans.keys, tile.side)
     for (start, stop), carry in zip(reversed(bounds), reversed(carries), strict=True):
         F = spans.select(carry, start, stop)
         grad_F = torch.empty_like(F)
-        row_blocks = triton.cdiv(stop - start, tile.side)
-        shared = (q, k, v, grad_out, F, lse, delta)
-        sizes = (*spans.sizes(), *spans.dims)
-        grad_selection_kernel[(batch * row_blocks * triton.cdiv(spans.keys, tile.step),)](
-            *shared,
-            grad_memory,
-            grad_F,
-            *sizes,
-            start,
-            stop,
-            scale,
-            tau,
-            **tile.options(grad_selection_kernel),
-        )
+        shared, rest = (q, k, v, grad_out, F, lse, delta), (selector, start, stop, scale)
+        spans.run(grad_selection_kernel, (*shared, grad_memory, grad_F), start, stop, start, stop, scale, tau)
         spans.select_backward(grad_initial, grad_F, start, stop)
-        grad_q_kernel[(batch * spans.heads * row_blocks,)](
-            *shared, grad_F, grad_q, *sizes, selector, start, stop, scale, **tile.options(grad_q_kernel)
-        )
-        grad_kv_kernel[(batch * spans.kv_heads * key_blocks,)](
-            *shared, grad_F, grad_k, grad_v, *sizes, selector, start, stop, scale, **tile.options(grad_kv_kernel)
-        )
+        spans.run(grad_q_kernel, (*shared, grad_F, grad_q), start, stop, *rest)
+        spans.run(grad_kv_kernel, (*shared, grad_F, grad_k, grad_v), start, stop, *rest)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_initial
 
 
@@ -456,22 +449,25 @@ def launches() -> list[Launch]:
     )  # fmt: skip
     found = []
     for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
-        for dim in (32, 64, WIDEST):
-            tile = _tile(dim, dtype, precision)
-            found += [
-                Launch(
-                    kernel,
-                    tile.constants(kernel),
-                    dtype,
-                    states=("F", "carry", "counts", "lse", "memory", "delta", "grad_memory", "grad_F", "grad_logits",
-                            "grad_k", "grad_v"),
-                    integers=("firsts",),
-                    scalars=("queries", "keys", "heads", "kv_heads", "dim", "v_dim", "selector", "start", "stop"),
-                    floats=("scale", "tau"),
-                    warps=tile.warps(kernel),
-                    label=f"{tile.side}x{tile.dim} {precision}",
-                    matmul=dtype != torch.float32,
-                )
-                for kernel in kernels
-            ]  # fmt: skip
+        half = dtype.itemsize == 2
+        for width, kernel, hopper in product((32, 64, WIDEST), kernels, (False, True) if half else (False,)):
+            options = _options(kernel, dtype, precision, width, hopper)
+            warps, stages = options.pop("num_warps"), options.pop("num_stages")
+            launch = Launch(
+                kernel,
+                options,
+                dtype,
+                states=("F", "carry", "counts", "lse", "memory", "delta", "grad_memory", "grad_F", "grad_logits",
+                        "grad_k", "grad_v"),
+                integers=("firsts",),
+                scalars=("queries", "keys", "heads", "kv_heads", "dim", "v_dim", "selector", "start", "stop"),
+                floats=("scale", "tau"),
+                warps=warps,
+                stages=stages,
+                label=f"{options['SIDE']}x{width} {precision}",
+                matmul=dtype != torch.float32,
+                chips=chips(hopper, half),
+                spills=MEASURED_SPILLS if hopper else 0,
+            )  # fmt: skip
+            found.append(launch)
     return found
