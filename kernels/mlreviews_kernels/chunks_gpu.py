@@ -27,7 +27,8 @@ def chunk_at(row, most, offsets, sequences, size):
 
     The last two are positions in the tokens; the start may lie behind the end, where a row is not used.
     """
-    low = tl.maximum(row - (most - sequences), 0)
+    row = row.to(tl.int32)
+    low = tl.maximum(row - (most - sequences).to(tl.int32), 0)
     high = tl.minimum(row, sequences - 1)
     # the last sequence whose first row is not behind this one: a search that leaves one in MANY at each step
     while low < high:

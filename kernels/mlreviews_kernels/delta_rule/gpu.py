@@ -13,13 +13,14 @@ asks for less.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.chunks_gpu import chunk_at, first_row, rows
 from mlreviews_kernels.delta_rule.reference import Inputs
 from mlreviews_kernels.static import Launch
 
@@ -38,14 +39,38 @@ def _rows(pointer, begin, row, heads, head, width, columns, inside):
 
 
 @triton.jit
+def _bounds(begin, end, within, span, shares, TIME: tl.constexpr):
+    """Where a sequence's chunk of this number begins and ends: each span of its time has so many shares."""
+    start = begin + within // shares * span
+    first = start + within % shares * TIME
+    return first, tl.minimum(tl.minimum(first + TIME, start + span), end)
+
+
+@triton.jit
+def _place(chunk, heads, offsets, sequences, span, shares, TIME: tl.constexpr):
+    """Where a program's chunk begins and ends; it may end before it begins, where there are not so many."""
+    most = tl.num_programs(0) // heads // shares
+    _, begin, end, start = chunk_at(chunk // shares, most, offsets, sequences, span)
+    return _bounds(begin + start, end, chunk % shares, span, shares, TIME)
+
+
+@triton.jit
+def _chunks_of(sequence, offsets, span, shares, TIME: tl.constexpr):
+    """Where a sequence begins and ends, its first chunk, and how many it has."""
+    begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    count = (end - begin) // span * shares + tl.cdiv((end - begin) % span, TIME)
+    return begin, end, first_row(sequence, begin, span) * shares, count
+
+
+@triton.jit
 def chunk_kernel(
-    q, k, beta, begins, ends, inverses, scores, heads, dim_k, mini_batch,
+    q, k, beta, offsets, inverses, scores, sequences, heads, dim_k, mini_batch, span, shares,
     PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """(I + A)^-1 and P = tril(Q K^T) of a chunk; A_sj = beta_s k_s . k_j where j's mini-batch is before s's."""
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
-    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    begin, end = _place(chunk, heads, offsets, sequences, span, shares, TIME)
     row = tl.arange(0, TIME)
     inside = row < end - begin
     keys = _rows(k, begin, row, heads, head, dim_k, tl.arange(0, KEYS), inside)
@@ -68,8 +93,8 @@ def chunk_kernel(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, beta, inverses, scores, initial, begins, ends, opens, firsts, out, final, states, bases, updates,
-    heads, dim_k, dim_v,
+    q, k, v, beta, inverses, scores, initial, offsets, out, final, states, bases, updates,
+    heads, dim_k, dim_v, span, shares,
     STORE: tl.constexpr, PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """U = (I + A)^-1 beta (V - K W_base), O = Q W + P U, W' = W + K^T U along the chunks of a sequence.
@@ -78,21 +103,21 @@ def forward_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     sequence, head = program // heads, program % heads
-    first, last = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+    origin, behind, first, count = _chunks_of(sequence, offsets, span, shares, TIME)
     row, key = tl.arange(0, TIME), tl.arange(0, KEYS)
     value = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     state_mask = (key < dim_k)[:, None] & (value < dim_v)[None, :]
     in_state = key[:, None] * dim_v + value[None, :]
     state = tl.load(initial + program * dim_k * dim_v + in_state, mask=state_mask, other=0.0)
     base = state
-    for chunk in range(first, last):
-        begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    for within in range(0, count):
+        begin, end = _bounds(origin, behind, within, span, shares, TIME)
         inside = row < end - begin
-        base = tl.where(tl.load(opens + chunk) != 0, state, base)
+        base = tl.where(within % shares == 0, state, base)
         keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
         values = _rows(v, begin, row, heads, head, dim_v, value, inside).to(tl.float32)
         rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
-        number = chunk * heads + head  # int64, as the bounds of the loop are
+        number = (first + within) * heads + head  # int64, as the bounds of the loop are
         in_chunk = number * TIME * TIME + row[:, None] * TIME + row[None, :]
         inverse = tl.load(inverses + in_chunk)
         errors = values - tl.dot(keys, base.to(k.dtype.element_ty), input_precision=PRECISION)
@@ -115,27 +140,27 @@ def forward_kernel(
 
 @triton.jit
 def state_grad_kernel(
-    grad_out, grad_final, q, k, beta, inverses, scores, begins, ends, opens, firsts, grad_states, rights, grad_initial,
-    heads, dim_k, dim_v,
+    grad_out, grad_final, q, k, beta, inverses, scores, offsets, grad_states, rights, grad_initial,
+    heads, dim_k, dim_v, span, shares,
     PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """R = (I + A)^-T (P^T dO + K dW'), dW = dW' + Q^T dO, dW_base -= K^T (beta R), from the last chunk on."""
     program = tl.program_id(0).to(tl.int64)
     sequence, head = program // heads, program % heads
-    first, last = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+    origin, behind, first, count = _chunks_of(sequence, offsets, span, shares, TIME)
     row, key = tl.arange(0, TIME), tl.arange(0, KEYS)
     value = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     state_mask = (key < dim_k)[:, None] & (value < dim_v)[None, :]
     in_state = key[:, None] * dim_v + value[None, :]
     grad = tl.load(grad_final + program * dim_k * dim_v + in_state, mask=state_mask, other=0.0)
     grad_base = tl.zeros((KEYS, VALUES), dtype=tl.float32)
-    for step in range(0, last - first):
-        chunk = last - 1 - step
-        begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    for step in range(0, count):
+        within = count - 1 - step
+        begin, end = _bounds(origin, behind, within, span, shares, TIME)
         inside = row < end - begin
         keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
         grads = _rows(grad_out, begin, row, heads, head, dim_v, value, inside)
-        number = chunk * heads + head  # int64, as the bounds of the loop are
+        number = (first + within) * heads + head  # int64, as the bounds of the loop are
         in_chunk = number * TIME * TIME + row[:, None] * TIME + row[None, :]
         tl.store(grad_states + number * dim_k * dim_v + in_state, grad, mask=state_mask)
         into = tl.dot(tl.trans(tl.load(scores + in_chunk)), grads, input_precision=PRECISION)
@@ -148,7 +173,7 @@ def state_grad_kernel(
         rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
         scaled = (rate[:, None] * right).to(k.dtype.element_ty)
         grad_base -= tl.dot(tl.trans(keys), scaled, input_precision=PRECISION)
-        opened = tl.load(opens + chunk) != 0
+        opened = within % shares == 0
         grad = tl.where(opened, grad + grad_base, grad)
         grad_base = tl.where(opened, 0.0, grad_base)
     tl.store(grad_initial + program * dim_k * dim_v + in_state, grad, mask=state_mask)
@@ -156,8 +181,8 @@ def state_grad_kernel(
 
 @triton.jit
 def grad_kernel(
-    grad_out, q, k, v, beta, begins, ends, states, bases, updates, grad_states, rights,
-    grad_q, grad_k, grad_v, grad_beta, tokens, heads, dim_k, dim_v, mini_batch,
+    grad_out, q, k, v, beta, offsets, states, bases, updates, grad_states, rights,
+    grad_q, grad_k, grad_v, grad_beta, tokens, sequences, heads, dim_k, dim_v, mini_batch, span, shares,
     PRECISION: tl.constexpr, TIME: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's inputs from its states, their gradients, U and R, for one block of keys.
@@ -167,7 +192,7 @@ def grad_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
-    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    begin, end = _place(chunk, heads, offsets, sequences, span, shares, TIME)
     block = tl.program_id(1).to(tl.int64)
     row, key = tl.arange(0, TIME), block * KEYS + tl.arange(0, KEYS)
     inside = row < end - begin
@@ -220,47 +245,6 @@ def grad_kernel(
     tl.store(grad_k + at, dk.to(grad_k.dtype.element_ty), mask=mask)
 
 
-class _Chunks(NamedTuple):
-    """Where chunks begin and end, whether a mini-batch begins there, and each sequence's first one.
-
-    All on the device: to know how many there are, the GPU would have to be waited for. Those too many are empty.
-    """
-
-    begins: Tensor
-    ends: Tensor
-    opens: Tensor
-    firsts: Tensor
-    most: int
-
-
-def _chunks(offsets: Tensor, tokens: int, mini_batch: int) -> _Chunks:
-    """Chunks of whole mini-batches, or equal shares of one."""
-    lengths = offsets.diff()
-    if mini_batch <= TIME:
-        size = TIME // mini_batch * mini_batch
-        counts = (lengths + size - 1) // size
-        most = tokens // size + lengths.shape[0]
-    else:
-        shares = triton.cdiv(mini_batch, TIME)
-        rest = lengths % mini_batch
-        counts = lengths // mini_batch * shares + (rest + TIME - 1) // TIME
-        most = (tokens // mini_batch + lengths.shape[0]) * shares
-    firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    number = torch.arange(most, device=offsets.device)
-    sequence = torch.searchsorted(firsts, number, right=True) - 1
-    known = sequence < lengths.shape[0]
-    sequence = sequence.clamp(max=lengths.shape[0] - 1)
-    within = number - firsts[sequence]
-    if mini_batch <= TIME:
-        start, stop = within * size, within * size + size
-    else:
-        start = within // shares * mini_batch + within % shares * TIME
-        stop = torch.minimum(start + TIME, (within // shares + 1) * mini_batch)
-    begins, ends = offsets[sequence] + start, torch.minimum(offsets[sequence] + stop, offsets[sequence + 1])
-    opens = (start % mini_batch == 0).to(torch.int64)
-    return _Chunks(begins.where(known, 0), ends.where(known, 0), opens, firsts, most)
-
-
 def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -285,27 +269,36 @@ def _sizes(dim_k: int) -> dict[str, Any]:
     return {"PRECISION": _precision(), "TIME": TIME, "KEYS": keys, "num_warps": _warps(keys), "num_stages": 1}
 
 
-def _per_chunk(q: Tensor, k: Tensor, beta: Tensor, chunks: _Chunks, mini_batch: int) -> tuple[Tensor, Tensor]:
+def _cut(mini_batch: int) -> tuple[int, int]:
+    """Steps of a span and the chunks in it: one of whole mini-batches, or equal shares of one mini-batch."""
+    return (TIME // mini_batch * mini_batch, 1) if mini_batch <= TIME else (mini_batch, triton.cdiv(mini_batch, TIME))
+
+
+def _per_chunk(
+    q: Tensor, k: Tensor, beta: Tensor, offsets: Tensor, sequences: int, mini_batch: int
+) -> tuple[Tensor, Tensor]:
     """(I + A)^-1 and P of every chunk and head."""
-    _, heads, dim_k = k.shape
-    inverses = torch.empty((chunks.most, heads, TIME, TIME), dtype=torch.float32, device=k.device)
+    tokens, heads, dim_k = k.shape
+    span, shares = _cut(mini_batch)
+    most = rows(tokens, sequences, span) * shares
+    inverses = torch.empty((most, heads, TIME, TIME), dtype=torch.float32, device=k.device)
     scores = torch.empty_like(inverses, dtype=k.dtype)
-    chunk_kernel[(chunks.most * heads,)](
-        q, k, beta, chunks.begins, chunks.ends, inverses, scores, heads, dim_k, min(mini_batch, TIME), **_sizes(dim_k)
-    )
+    chunk_kernel[(most * heads,)](
+        q, k, beta, offsets, inverses, scores, sequences, heads, dim_k, min(mini_batch, TIME), span, shares,
+        **_sizes(dim_k),
+    )  # fmt: skip
     return inverses, scores
 
 
 def delta_rule(given: Inputs, offsets: Tensor, mini_batch: int, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
     q, k, v, beta, initial = (tensor.contiguous() for tensor in given._replace(beta=given.beta.float()))
-    (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
-    chunks = _chunks(offsets, tokens, mini_batch)
-    systems = _per_chunk(q, k, beta, chunks, mini_batch)
+    (heads, dim_k), dim_v, width = q.shape[1:], v.shape[2], _values(q.dtype)
+    systems = _per_chunk(q, k, beta, offsets, len(initial), mini_batch)
     out, final = torch.empty_like(v), torch.empty_like(initial)
     forward_kernel[(initial.shape[0] * heads, triton.cdiv(dim_v, width))](
-        q, k, v, beta, *systems, initial, *chunks[:4], out, final, None, None, None, heads, dim_k, dim_v,
-        STORE=False, VALUES=width, **_sizes(dim_k),
+        q, k, v, beta, *systems, initial, offsets, out, final, None, None, None, heads, dim_k, dim_v,
+        *_cut(mini_batch), STORE=False, VALUES=width, **_sizes(dim_k),
     )  # fmt: skip
     return out, final
 
@@ -317,11 +310,9 @@ def delta_rule_backward(
     q, k, v, beta, initial = (tensor.contiguous() for tensor in given._replace(beta=given.beta.float()))
     grad_out, grad_final = grad_out.contiguous(), grad_final.contiguous()
     (tokens, heads, dim_k), dim_v, width = q.shape, v.shape[2], _values(q.dtype)
-    chunks = _chunks(offsets, tokens, mini_batch)
-    systems = _per_chunk(q, k, beta, chunks, mini_batch)
-    states, bases, grad_states = torch.empty(
-        (3, chunks.most, heads, dim_k, dim_v), dtype=torch.float32, device=q.device
-    )
+    systems = _per_chunk(q, k, beta, offsets, len(initial), mini_batch)
+    most = len(systems[0])
+    states, bases, grad_states = torch.empty((3, most, heads, dim_k, dim_v), dtype=torch.float32, device=q.device)
     updates, rights = torch.empty((2, *v.shape), dtype=torch.float32, device=q.device)
     block = min(_keys(dim_k), BLOCK)
     blocks = triton.cdiv(dim_k, block)
@@ -329,16 +320,16 @@ def delta_rule_backward(
     grads[3] = beta.new_empty((blocks, tokens, heads))
     grid, sizes = (initial.shape[0] * heads, triton.cdiv(dim_v, width)), _sizes(dim_k)
     forward_kernel[grid](
-        q, k, v, beta, *systems, initial, *chunks[:4], None, torch.empty_like(initial), states, bases, updates,
-        heads, dim_k, dim_v, STORE=True, VALUES=width, **sizes,
+        q, k, v, beta, *systems, initial, offsets, None, torch.empty_like(initial), states, bases, updates,
+        heads, dim_k, dim_v, *_cut(mini_batch), STORE=True, VALUES=width, **sizes,
     )  # fmt: skip
     state_grad_kernel[grid](
-        grad_out, grad_final, q, k, beta, *systems, *chunks[:4], grad_states, rights, grads[4],
-        heads, dim_k, dim_v, VALUES=width, **sizes,
+        grad_out, grad_final, q, k, beta, *systems, offsets, grad_states, rights, grads[4],
+        heads, dim_k, dim_v, *_cut(mini_batch), VALUES=width, **sizes,
     )  # fmt: skip
-    grad_kernel[(chunks.most * heads, blocks)](
-        grad_out, q, k, v, beta, chunks.begins, chunks.ends, states, bases, updates, grad_states, rights,
-        *grads[:4], tokens, heads, dim_k, dim_v, min(mini_batch, TIME), VALUES=THIN,
+    grad_kernel[(most * heads, blocks)](
+        grad_out, q, k, v, beta, offsets, states, bases, updates, grad_states, rights,
+        *grads[:4], tokens, len(initial), heads, dim_k, dim_v, min(mini_batch, TIME), *_cut(mini_batch), VALUES=THIN,
         **{**sizes, "KEYS": block, "num_warps": 4},
     )  # fmt: skip
     grads[3] = grads[3].sum(0)
@@ -368,8 +359,7 @@ def launches() -> list[Launch]:
                     {**shape, **constants},
                     dtype,
                     states=states,
-                    integers=("begins", "ends", "opens", "firsts"),
-                    scalars=("tokens", "heads", "dim_k", "dim_v", "mini_batch"),
+                    scalars=("tokens", "sequences", "heads", "dim_k", "dim_v", "mini_batch", "span", "shares"),
                     absent=absent,
                     warps=4 if kernel is grad_kernel else _warps(keys),
                     label=f"{keys} {precision}" + (" states" if constants.get("STORE") else ""),

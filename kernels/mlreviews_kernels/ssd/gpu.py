@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.chunks_gpu import chunk_at, first_row, rows
 from mlreviews_kernels.ssd.reference import Inputs
 from mlreviews_kernels.static import Launch
 
@@ -69,17 +70,24 @@ def _load(pointer, rows, stride, columns, row_mask, column_mask):
 
 
 @triton.jit
+def _bounds(chunk, most, offsets, sequences, TIME: tl.constexpr):
+    """Where a chunk begins and how many steps it has; none or fewer, where there are not so many chunks."""
+    _, begin, end, start = chunk_at(chunk, most, offsets, sequences, TIME)
+    return begin + start, tl.minimum(end - begin - start, TIME).to(tl.int32)
+
+
+@triton.jit
 def added_kernel(
-    x, log_a, B, begins, ends, added, wholes, heads, groups, dim, state,
+    x, log_a, B, offsets, added, wholes, sequences, heads, groups, dim, state,
     FROM_START: tl.constexpr, PRECISION: tl.constexpr,
     TIME: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """B^T (f o X) of a chunk; with FROM_START, C^T (e o dY), when x is dY and B is C."""
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
-    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    begin, steps = _bounds(chunk, tl.num_programs(0) // heads, offsets, sequences, TIME)
     row = tl.arange(0, TIME)
-    inside = row < end - begin
+    inside = row < steps
     p = tl.program_id(1) * DIM + tl.arange(0, DIM)
     n = tl.program_id(2) * STATE + tl.arange(0, STATE)
     _, _, _, since_start, to_end, whole = _decays(log_a + begin * heads + head, heads, row, inside)
@@ -96,12 +104,14 @@ def added_kernel(
 
 @triton.jit
 def pass_kernel(
-    added, wholes, initial, firsts, final, heads, size, REVERSE: tl.constexpr, SIZE: tl.constexpr
+    added, wholes, initial, offsets, final, heads, size, time, REVERSE: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
     """S_{c+1} = e_end S_c + what chunk c adds, which S_c takes the place of; REVERSE: from the last chunk on."""
     program = tl.program_id(0).to(tl.int64)
     sequence, head = program // heads, program % heads
-    first, last = tl.load(firsts + sequence), tl.load(firsts + sequence + 1)
+    begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    first = first_row(sequence, begin, time)
+    last = first + (end - begin + time - 1) // time
     i = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     mask = i < size
     state = tl.load(initial + program * size + i, mask=mask, other=0.0)
@@ -116,15 +126,15 @@ def pass_kernel(
 
 @triton.jit
 def output_kernel(
-    x, log_a, B, C, D, begins, ends, states, y, heads, groups, dim, state,
+    x, log_a, B, C, D, offsets, states, y, sequences, heads, groups, dim, state,
     PRECISION: tl.constexpr, TIME: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """Y = M X + e o (C S) + D X."""
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
-    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    begin, steps = _bounds(chunk, tl.num_programs(0) // heads, offsets, sequences, TIME)
     row = tl.arange(0, TIME)
-    inside = row < end - begin
+    inside = row < steps
     p = tl.program_id(1) * DIM + tl.arange(0, DIM)
     at_group = (begin * groups + head // (heads // groups)) * state
     scores = tl.zeros((TIME, TIME), dtype=tl.float32)
@@ -147,16 +157,16 @@ def output_kernel(
 
 @triton.jit
 def grad_x_kernel(
-    grad_y, x, log_a, B, C, D, begins, ends, states, grad_states, grad_x, grad_log_a, grad_D,
-    tokens, heads, groups, dim, state,
+    grad_y, x, log_a, B, C, D, offsets, states, grad_states, grad_x, grad_log_a, grad_D,
+    tokens, sequences, heads, groups, dim, state,
     PRECISION: tl.constexpr, TIME: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """dX = M^T dY + f o (B dS') + D dY; and from y . dy - x . dx and <S', dS'> the gradient of log_a."""
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
-    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    begin, steps = _bounds(chunk, tl.num_programs(0) // heads, offsets, sequences, TIME)
     row = tl.arange(0, TIME)
-    inside = row < end - begin
+    inside = row < steps
     p = tl.program_id(1) * DIM + tl.arange(0, DIM)
     at_group = (begin * groups + head // (heads // groups)) * state
     scores = tl.zeros((TIME, TIME), dtype=tl.float32)
@@ -196,16 +206,16 @@ def grad_x_kernel(
 
 @triton.jit
 def grad_bc_kernel(
-    grad_y, x, log_a, B, C, begins, ends, states, grad_states, grad_B, grad_C,
-    tokens, heads, groups, dim, state, splits,
+    grad_y, x, log_a, B, C, offsets, states, grad_states, grad_B, grad_C,
+    tokens, sequences, heads, groups, dim, state, splits,
     PRECISION: tl.constexpr, HEADS: tl.constexpr, TIME: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """dC = (sum L o dY X^T) B + sum (e o dY) S^T and dB = (sum L o dY X^T)^T C + sum (f o X) dS'^T of some heads."""
     program = tl.program_id(0).to(tl.int64)
     split, group, chunk = program % splits, program // splits % groups, program // splits // groups
-    begin, end = tl.load(begins + chunk), tl.load(ends + chunk)
+    begin, steps = _bounds(chunk, tl.num_programs(0) // splits // groups, offsets, sequences, TIME)
     row = tl.arange(0, TIME)
-    inside = row < end - begin
+    inside = row < steps
     n = tl.program_id(1) * STATE + tl.arange(0, STATE)
     per_group = heads // groups
     first = split * HEADS
@@ -240,32 +250,6 @@ def grad_bc_kernel(
     tl.store(grad_C + at, dC, mask=mask)
 
 
-class _Chunks(NamedTuple):
-    """Where chunks begin and end, each sequence's first one, and the most that there can be of them.
-
-    All on the device: to know how many there are, the GPU would have to be waited for. Those too many are empty.
-    """
-
-    begins: Tensor
-    ends: Tensor
-    firsts: Tensor
-    most: int
-
-
-def _chunks(offsets: Tensor, tokens: int, time: int) -> _Chunks:
-    lengths = offsets.diff()
-    counts = (lengths + time - 1) // time
-    firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    most = tokens // time + lengths.shape[0]
-    number = torch.arange(most, device=offsets.device)
-    sequence = torch.searchsorted(firsts, number, right=True) - 1
-    known = sequence < lengths.shape[0]
-    sequence = sequence.clamp(max=lengths.shape[0] - 1)
-    begins = offsets[sequence] + (number - firsts[sequence]) * time
-    ends = torch.minimum(begins + time, offsets[sequence + 1])
-    return _Chunks(begins.where(known, 0), ends.where(known, 0), firsts, most)
-
-
 class _Tiles(NamedTuple):
     """Compile-time sizes. Few, so that all of them can be looked at: what is smaller is filled up with zeros."""
 
@@ -289,21 +273,22 @@ def _warps(tiles: _Tiles) -> int:
 
 
 def _borders(
-    x: Tensor, log_a: Tensor, B: Tensor, initial: Tensor, chunks: _Chunks, tiles: _Tiles, *, reverse: bool
+    x: Tensor, log_a: Tensor, B: Tensor, initial: Tensor, offsets: Tensor, tiles: _Tiles, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """States at the beginnings of the chunks and the last one; reverse: gradients of those at their ends."""
     sequences, heads, state, dim = initial.shape
-    states = torch.empty((chunks.most, heads, state, dim), dtype=torch.float32, device=x.device)
-    wholes = torch.empty((chunks.most, heads), dtype=torch.float32, device=x.device)
+    most = rows(x.shape[0], sequences, tiles.time)
+    states = torch.empty((most, heads, state, dim), dtype=torch.float32, device=x.device)
+    wholes = torch.empty((most, heads), dtype=torch.float32, device=x.device)
     final = torch.empty_like(initial)
-    grid = (chunks.most * heads, triton.cdiv(dim, tiles.dim), triton.cdiv(state, tiles.state))
+    grid = (most * heads, triton.cdiv(dim, tiles.dim), triton.cdiv(state, tiles.state))
     added_kernel[grid](
-        x, log_a, B, chunks.begins, chunks.ends, states, wholes, heads, B.shape[1], dim, state,
+        x, log_a, B, offsets, states, wholes, sequences, heads, B.shape[1], dim, state,
         FROM_START=reverse, PRECISION=_precision(), TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
     pass_kernel[(sequences * heads, triton.cdiv(state * dim, PASSED))](
-        states, wholes, initial, chunks.firsts, final, heads, state * dim,
+        states, wholes, initial, offsets, final, heads, state * dim, tiles.time,
         REVERSE=reverse, SIZE=PASSED, num_warps=4, num_stages=1,
     )  # fmt: skip
     return states, final
@@ -312,13 +297,12 @@ def _borders(
 def ssd(given: Inputs, offsets: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The op's forward; shapes as in `reference`."""
     x, log_a, B, C, initial, D = _contiguous(given)
-    tokens, heads, dim = x.shape
+    heads, dim = x.shape[1:]
     y = torch.empty_like(x)
     tiles = _tiles(chunk_size, x.dtype)
-    chunks = _chunks(offsets, tokens, tiles.time)
-    states, final = _borders(x, log_a, B, initial, chunks, tiles, reverse=False)
-    output_kernel[(chunks.most * heads, triton.cdiv(dim, tiles.dim))](
-        x, log_a, B, C, D, chunks.begins, chunks.ends, states, y, heads, B.shape[1], dim, B.shape[2],
+    states, final = _borders(x, log_a, B, initial, offsets, tiles, reverse=False)
+    output_kernel[(len(states) * heads, triton.cdiv(dim, tiles.dim))](
+        x, log_a, B, C, D, offsets, states, y, len(initial), heads, B.shape[1], dim, B.shape[2],
         PRECISION=_precision(), TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
@@ -333,23 +317,22 @@ def ssd_backward(
     grad_y, grad_final = grad_y.contiguous(), grad_final.contiguous()
     (tokens, heads, dim), (groups, state) = x.shape, B.shape[1:]
     tiles = _tiles(chunk_size, x.dtype)
-    chunks = _chunks(offsets, tokens, tiles.time)
-    states, _ = _borders(x, log_a, B, initial, chunks, tiles, reverse=False)
-    grad_states, grad_initial = _borders(grad_y, log_a, C, grad_final, chunks, tiles, reverse=True)
+    states, _ = _borders(x, log_a, B, initial, offsets, tiles, reverse=False)
+    grad_states, grad_initial = _borders(grad_y, log_a, C, grad_final, offsets, tiles, reverse=True)
     parts, splits = triton.cdiv(dim, NARROW), triton.cdiv(heads // groups, HEADS)
     grad_x = torch.empty_like(x)
     grad_log_a = torch.empty((parts, tokens, heads), dtype=torch.float32, device=x.device)
-    grad_D = torch.empty((chunks.most, heads, parts), dtype=torch.float32, device=x.device)
+    grad_D = torch.empty((len(states), heads, parts), dtype=torch.float32, device=x.device)
     grad_B, grad_C = torch.empty((2, splits, tokens, groups, state), dtype=torch.float32, device=x.device)
-    grad_x_kernel[(chunks.most * heads, parts)](
-        grad_y, x, log_a, B, C, D, chunks.begins, chunks.ends, states, grad_states,
-        grad_x, grad_log_a, grad_D, tokens, heads, groups, dim, state,
+    grad_x_kernel[(len(states) * heads, parts)](
+        grad_y, x, log_a, B, C, D, offsets, states, grad_states,
+        grad_x, grad_log_a, grad_D, tokens, len(initial), heads, groups, dim, state,
         PRECISION=_precision(), TIME=tiles.time, DIM=NARROW, STATE=NARROW,
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
-    grad_bc_kernel[(chunks.most * groups * splits, triton.cdiv(state, NARROW))](
-        grad_y, x, log_a, B, C, chunks.begins, chunks.ends, states, grad_states, grad_B, grad_C,
-        tokens, heads, groups, dim, state, splits,
+    grad_bc_kernel[(len(states) * groups * splits, triton.cdiv(state, NARROW))](
+        grad_y, x, log_a, B, C, offsets, states, grad_states, grad_B, grad_C,
+        tokens, len(initial), heads, groups, dim, state, splits,
         PRECISION=_precision(), HEADS=HEADS, TIME=tiles.time, DIM=THIN, STATE=NARROW,
         num_warps=_warps(tiles), num_stages=1,
     )  # fmt: skip
@@ -368,7 +351,7 @@ def _contiguous(given: Inputs) -> tuple[Tensor, ...]:
 def launches() -> list[Launch]:
     """Every configuration that can be chosen, for the static analysis."""
     found = []
-    sizes = ("tokens", "heads", "groups", "dim", "state", "splits", "size")
+    sizes = ("tokens", "sequences", "heads", "groups", "dim", "state", "splits", "size", "time")
     states = ("log_a", "D", "added", "wholes", "states", "grad_states", "initial", "final", "grad_log_a", "grad_D")
     for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
         for chunk in (SHORTEST, LONGEST):
@@ -387,7 +370,6 @@ def launches() -> list[Launch]:
                         {**shape, **constants},
                         dtype,
                         states=(*states, "grad_B", "grad_C"),
-                        integers=("begins", "ends", "firsts"),
                         scalars=sizes,
                         warps=warps,
                         label=f"{tiles.time}x{tiles.dim}x{tiles.state} {precision}",
@@ -401,7 +383,6 @@ def launches() -> list[Launch]:
                 {"REVERSE": reverse, "SIZE": PASSED},
                 torch.float32,
                 states=states,
-                integers=("firsts",),
                 scalars=sizes,
                 label="reverse" if reverse else "",
             )
