@@ -89,5 +89,4 @@ def rotate(
         cos: of `rotary_factors`.
         sin: of `rotary_factors`.
     """
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    return (wide * cos).addcmul(wide.roll(x.shape[3] // 2, -1), sin.to(wide.dtype)).to(x.dtype)
+    return (x * cos).addcmul(x.roll(x.shape[3] // 2, -1), sin).to(x.dtype)

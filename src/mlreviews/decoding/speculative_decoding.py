@@ -338,14 +338,16 @@ class _Reader:
     def rewind(self, mark: int, kept: list[int]) -> None:
         """Of the tokens after the first `mark` in the cache only so many stay in each row."""
         read, most = self.length - mark, max(kept)
+        if self.batch == 1:
+            self.cache = self.cache.crop(mark + most)
+            return
         count = torch.tensor(kept, device=self.place.device)[:, None]
         if min(kept) == most:
             self.cache = self.cache.crop(mark + most)
         else:
             index = torch.arange(most, device=self.place.device)
             self.cache = self.cache.keep(mark, index.expand(self.batch, -1), index < count)
-        if self.batch > 1:
-            self.place = self.place - read + count
+        self.place = self.place - read + count
 
 
 class _Previous:
@@ -433,8 +435,10 @@ class _ModelSession:
         longest = max(map(len, unread))
         device = self.pending.device
         self.pending = torch.tensor([[0] * (longest - len(row)) + row for row in unread], device=device)
-        real = torch.tensor([[i >= longest - len(row) for i in range(longest)] for row in unread], device=device)
-        self.mask = None if bool(real.all()) else real
+        self.mask = None
+        if any(len(row) < longest for row in unread):
+            real = [[i >= longest - len(row) for i in range(longest)] for row in unread]
+            self.mask = torch.tensor(real, device=device)
         if self.previous is not None:
             self.previous.add(new)
 

@@ -15,6 +15,7 @@ Like every mixer of `mlreviews.models.SequenceModel`, a layer is called as ``lay
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -256,10 +257,13 @@ class CausalAttention(nn.Module):
             return self.o_proj(mixed.flatten(2)), cache
         if shared is None:
             shared = self.shared(x, state, mask=mask, positions=positions, tree=tree)
-        q = self.q_proj(x).unflatten(2, (self.heads, -1))
-        k, v = (proj(x).unflatten(2, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
         if shared.rotation is not None:
-            q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
+            if shared.few:  # calls count, not copies
+                q, k = rotate(torch.cat([q, k], 2), *shared.rotation).split((self.heads, self.kv_heads), 2)
+            else:
+                q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
         cache = KVCache(k, v, mask) if state is None else state.append(k, v, mask)
         if shared.few:
             mixed = _few_queries(q, cache, shared.unseen)
@@ -286,24 +290,31 @@ class CausalAttention(nn.Module):
             tree: as of `forward`.
         """
         past, time = 0 if state is None else state.length, x.shape[1]
+        few = time <= FEW_QUERIES and past + time <= FEW_KEYS and not torch.is_grad_enabled()
         rotation = None
-        if self.rope_base is not None:
+        if self.rope_base is not None and positions is None and few:
+            cos, sin = _first_rotations(self.head_dim, self.rope_base, x.device)
+            rotation = cos[past : past + time], sin[past : past + time]
+        elif self.rope_base is not None:
             if positions is None:
                 positions = torch.arange(past, past + time, device=x.device)
             rotation = rotary_factors(rotary_angles(positions, self.head_dim, base=self.rope_base))
-        few = time <= FEW_QUERIES and past + time <= FEW_KEYS and not torch.is_grad_enabled()
         before = None if state is None else state.mask
         if not few or (time == 1 and mask is None and before is None):
             return SharedLayout(rotation, few, None)
+        # the lowest number and not -inf: a token that sees nothing, padding, stays finite
+        lowest, group = torch.finfo(x.dtype).min, self.heads // self.kv_heads
+        if tree is None and mask is None and before is None:
+            unseen = x.new_full((1, time, past + time), lowest).triu_(past + 1)
+            return SharedLayout(rotation, few, unseen.repeat_interleave(group, 1)[:, None])
         if tree is None:
             tree = torch.ones(time, time, dtype=torch.bool, device=x.device).tril()
         seen = torch.cat([tree.new_ones(*tree.shape[:-1], past), tree], -1).expand(-1 if tree.ndim == 3 else 1, -1, -1)
         if mask is not None or before is not None:
             real = [m if m is not None else seen.new_ones(len(x), n) for m, n in ((before, past), (mask, time))]
             seen = seen & torch.cat(real, 1)[:, None]
-        # the lowest number and not -inf: a token that sees nothing, padding, stays finite
-        unseen = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, torch.finfo(x.dtype).min)
-        return SharedLayout(rotation, few, unseen.repeat_interleave(self.heads // self.kv_heads, 1)[:, None])
+        unseen = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, lowest)
+        return SharedLayout(rotation, few, unseen.repeat_interleave(group, 1)[:, None])
 
     def step(
         self, x_t: Float[Tensor, "batch d_model"], state: Any = None
@@ -340,11 +351,18 @@ class CausalAttention(nn.Module):
         return f"d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}, layer={self.layer}"
 
 
+@lru_cache(maxsize=16)
+def _first_rotations(dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the first `FEW_KEYS` positions, which would cost each step of a decoder a dozen calls."""
+    with torch.inference_mode(False):
+        return rotary_factors(rotary_angles(torch.arange(FEW_KEYS, device=device), dim, base=base))
+
+
 def _few_queries(q: Tensor, cache: KVCache, unseen: Tensor | None) -> Tensor:
     """Attention of the last tokens [batch, time, heads, dim]; heads that share keys are rows of one matrix."""
-    kv_heads = cache.keys.shape[2]
-    rows = q.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+    (batch, time, _, dim), kv_heads = q.shape, cache.keys.shape[2]
+    rows = q.view(batch, time, kv_heads, -1, dim).transpose(1, 2).flatten(2, 3)
     keys, values = cache.keys.transpose(1, 2), cache.values.transpose(1, 2)
     mask = None if unseen is None else unseen.to(q.dtype)
     mixed = nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
-    return mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2).flatten(2, 3)
+    return mixed.view(batch, kv_heads, time, -1, mixed.shape[3]).transpose(1, 2).flatten(2, 3)

@@ -29,6 +29,8 @@ from mlreviews.models.causal_lm import CausalLM
 
 __all__ = ["GenerationResult", "Sampler", "Stops", "check_prompt", "draw", "flip", "generate", "most_likely", "stream"]
 
+NOT_FINITE = "logits: expected numbers, with a finite one in each row, got NaN or infinity"
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -78,14 +80,19 @@ class Sampler:
         Raises:
             ValueError: NaN among the logits, or no token has a finite one.
         """
-        most_likely(logits)
         logits = logits.double() if logits.dtype == torch.float64 else logits.float()
         if self.repetition_penalty != 1.0 and previous is not None:
             logits = self._penalised(logits, previous)
         if self.greedy:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        # the largest logit is moved to 0, which no temperature can make infinite
-        return self._filtered(((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1))
+            return torch.zeros_like(logits).scatter_(-1, most_likely(logits)[..., None], 1.0)
+        if self.temperature != 1:
+            # the largest logit is moved to 0, which no temperature can make infinite
+            logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        p = logits.softmax(-1)
+        # a single NaN or infinity among the logits, or none that is finite, makes all of a row NaN
+        if bool(p[..., 0].isnan().any()):
+            raise ValueError(NOT_FINITE)
+        return self._filtered(p)
 
     def _penalised(self, logits: Tensor, previous: Tensor) -> Tensor:
         seen = torch.zeros_like(logits).scatter_add_(-1, previous.clamp(min=0), (previous >= 0).to(logits.dtype)) > 0
@@ -130,7 +137,7 @@ def most_likely(logits: Float[Tensor, "*batch vocab"]) -> Int[Tensor, "*batch"]:
     best = logits.max(-1)
     # NaN is the largest of any numbers, so the largest ones tell
     if not bool(best.values.isfinite().all()):
-        raise ValueError("logits: expected numbers, with a finite one in each row, got NaN or infinity")
+        raise ValueError(NOT_FINITE)
     return best.indices
 
 
