@@ -51,8 +51,8 @@ def _bare_inputs(batch: int, time: int, generator: torch.Generator) -> Inputs:
 
 
 TOKENS = ("u", "delta", "B", "C")
-TILES = {"ROWS": 4}
-LENGTHS = (1, 3, 4, 5, CHUNK, CHUNK + 1)
+TILES = {"CHUNK": 8, "ROWS": 4, "COLUMNS": 4, "GRAD_COLUMNS": 4, "WIDTH": 8}
+LENGTHS = (1, 3, 4, CHUNK, CHUNK + 1, 5, 17)  # the interpreter takes the first and the last two
 CASES = [
     ScanCase(
         "selective_scan",

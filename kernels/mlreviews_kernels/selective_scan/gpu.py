@@ -1,11 +1,12 @@
-"""Triton kernels of `selective_scan`, forward and backward.
+"""Triton kernels of `selective_scan`, forward and backward, parallel over sequences, channels and chunks of time.
 
-A program takes one sequence and a block of channels and walks along time in tiles ``[steps, channels, state]`` that
-only ever exist in registers: an associative scan inside a tile, its last state carried to the next.
+A program takes a chunk and a block of channels, and runs through its steps one after another with the states
+``[channels, state]`` in registers. So it is done twice in each direction: from an empty state, which tells what the
+chunk adds to the state behind it; and from the real one, after a small kernel that goes from chunk to chunk.
 """
 
 # Triton kernels are not annotated: their arguments are pointers and compile-time constants.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 
 from __future__ import annotations
 
@@ -19,15 +20,13 @@ from torch import Tensor
 from mlreviews_kernels.selective_scan.reference import CHUNK, Inputs, border_rows
 from mlreviews_kernels.static import Launch
 
-ROWS = 8  # steps in a tile, of which each chunk has a whole number
-WARPS = 4
+# of a program: steps whose inputs are loaded at once, of which each chunk has a whole number, channels and warps
+ROWS, COLUMNS, WARPS = 8, 32, 1
+# the same in the last kernel of the backward, where each block of channels has its own copy of the gradients of B and C
+GRAD_ROWS, GRAD_COLUMNS, GRAD_WARPS = 4, 32, 4
+WIDTH = 128  # numbers of a state that a program carries from chunk to chunk
 WIDEST = 16  # states of a kernel; more would not fit the registers, and are taken in slices
-SPAN = 64  # channels of a program of the backward: each program has its own copy of the gradients of B and C
-
-
-@triton.jit
-def _compose(a, b, next_a, next_b):
-    return next_a * a, next_a * b + next_b
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -49,13 +48,40 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _load_steps(delta_in, at, mask, bias, SOFTPLUS: tl.constexpr):
-    """Step sizes before and after the softplus, both ``[steps, channels]``; 0 outside the mask, where a decay is 1."""
-    raw = tl.load(delta_in + at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-    delta = raw
-    if SOFTPLUS:
-        delta = tl.maximum(raw, 0.0) + _log1p_unit(tl.exp(-tl.abs(raw)))
-    return raw, tl.where(mask, delta, 0.0)
+def _softplus(x):
+    return tl.maximum(x, 0.0) + _log1p_unit(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _slope(softplus):
+    """The derivative of the softplus, 1 - exp(-softplus), without cancellation."""
+    half, third, quarter, fifth = softplus * 0.5, softplus * 0.33333334, softplus * 0.25, softplus * 0.2
+    series = softplus * (1.0 - half * (1.0 - third * (1.0 - quarter * (1.0 - fifth))))
+    return tl.where(softplus < 0.125, series, 1.0 - tl.exp(-softplus))
+
+
+@triton.jit
+def _chunk_in(row, offsets, sequences, CHUNK: tl.constexpr):
+    """The first token and the length of the chunk that has this row, as `border_rows` lays them out; 0 for no chunk."""
+    low, high = row * 0, row * 0 + sequences - 1
+    while low < high:  # the first rows of the sequences rise
+        middle = (low + high + 1) // 2
+        behind = tl.load(offsets + middle) // CHUNK + middle > row
+        low, high = tl.where(behind, low, middle), tl.where(behind, middle - 1, high)
+    begin, end = tl.load(offsets + low), tl.load(offsets + low + 1)
+    start = begin + (row - begin // CHUNK - low) * CHUNK
+    return start, tl.maximum(0, tl.minimum(CHUNK, end - start)).to(tl.int32)
+
+
+@triton.jit
+def _channels_of(block, channels, groups, states, blocks, COLUMNS: tl.constexpr, STATES: tl.constexpr):
+    """Group, channels and places in a state ``[channels, state]`` of this block; masks of the last two."""
+    group = block // blocks
+    within = block % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = within < channels // groups
+    channel = group * (channels // groups) + within
+    n = tl.arange(0, STATES)
+    return group, channel, inside, channel[:, None] * states + n[None, :], inside[:, None] & (n < states)[None, :]
 
 
 @triton.jit
@@ -68,20 +94,63 @@ def _load_channels(pointer, channel, inside):
 
 
 @triton.jit
-def forward_kernel(
+def _before(mask, step, length):
+    """The mask, or nothing if the step isn't before the end."""
+    return mask & (
+        tl.full(mask.shape, step, tl.int32) < length
+    )  # numbers: the interpreter can't broadcast truth values
+
+
+@triton.jit
+def _load_steps(pointer, first, length, channel, inside, channels, ROWS: tl.constexpr):
+    """A tuple of ``[channels]``, one for each of so many steps of a chunk from the first on; zeros past the end."""
+    rows = ()
+    for t in tl.static_range(ROWS):
+        found = tl.load(pointer + (first + t) * channels + channel, mask=_before(inside, first + t, length), other=0.0)
+        rows += (found.to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def _step_sizes(raw, first, length, bias, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
+    """The step sizes after bias and softplus; 0 past the end, where a decay is 1."""
+    rows = ()
+    for t in tl.static_range(ROWS):
+        delta = raw[t] + bias
+        if SOFTPLUS:
+            delta = _softplus(delta)
+        rows += (tl.where(first + t < length, delta, 0.0),)
+    return rows
+
+
+@triton.jit
+def _gated(grads, gates, ROWS: tl.constexpr):
+    """The gradients of what the gates multiply."""
+    rows = ()
+    for t in tl.static_range(ROWS):
+        rows += (grads[t] * gates[t] * _sigmoid(gates[t]),)
+    return rows
+
+
+@triton.jit
+def _load_matrix(pointer, step, length, group, groups, states, STATES: tl.constexpr):
+    """A step's B or C, ``[1, state]``; zeros past the end."""
+    n = tl.arange(0, STATES)
+    at = (step * groups + group) * states + n
+    return tl.load(pointer + at, mask=_before(n < states, step, length), other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def end_kernel(
     u_in,
     delta_in,
     A_in,
     B_in,
-    C_in,
-    D_in,
-    z_in,
     bias_in,
-    initial,
     offsets,
-    y_out,
-    final,
-    borders,
+    ends,
+    spans,
+    sequences,
     channels,
     groups,
     states,
@@ -92,50 +161,183 @@ def forward_kernel(
     COLUMNS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t; keeps the state before each chunk."""
-    sequence = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64) // blocks
-    within = tl.program_id(1).to(tl.int64) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    inside = within < channels // groups
-    channel = group * (channels // groups) + within
-    n = tl.arange(0, STATES)
-    known = n < states
-    at_state = channel[:, None] * states + n[None, :]
-    in_state = inside[:, None] & known[None, :]
-    rate = tl.load(A_in + at_state, mask=in_state, other=0.0)
-    state = tl.load(initial + sequence * channels * states + at_state, mask=in_state, other=0.0)
-    bias, skip = _load_channels(bias_in, channel, inside), _load_channels(D_in, channel, inside)
-    begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
-    row = begin // CHUNK + sequence
-    last = (tl.arange(0, ROWS) == ROWS - 1)[:, None, None]
-    for start in range(0, end - begin, ROWS):
-        if start % CHUNK == 0:
-            tl.store(borders + (row + start // CHUNK) * channels * states + at_state, state, mask=in_state)
-        token = begin + start + tl.arange(0, ROWS)
-        at = token[:, None] * channels + channel[None, :]
-        mask = (token < end)[:, None] & inside[None, :]
-        at_B = (token[:, None] * groups + group) * states + n[None, :]
-        mask_B = (token < end)[:, None] & known[None, :]
-        u = tl.load(u_in + at, mask=mask, other=0.0).to(tl.float32)
-        B = tl.load(B_in + at_B, mask=mask_B, other=0.0).to(tl.float32)
-        C = tl.load(C_in + at_B, mask=mask_B, other=0.0).to(tl.float32)
-        _, delta = _load_steps(delta_in, at, mask, bias, SOFTPLUS)
-        factor, h = tl.associative_scan(
-            (tl.exp(delta[:, :, None] * rate[None, :, :]), (delta * u)[:, :, None] * B[:, None, :]), 0, _compose
-        )
-        h = factor * state[None, :, :] + h
-        y = tl.sum(h * C[:, None, :], axis=2) + skip[None, :] * u
-        if z_in is not None:
-            z = tl.load(z_in + at, mask=mask, other=0.0).to(tl.float32)
-            y *= z * _sigmoid(z)
-        tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=mask)
-        # steps past the end keep the state
-        state = tl.sum(tl.where(last, h, 0.0), axis=0)
-    tl.store(final + sequence * channels * states + at_state, state, mask=in_state)
+    """The state at the end of each chunk if it were empty before, and the sum of its step sizes."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, length = _chunk_in(row, offsets, sequences, CHUNK)
+    size = channels * states
+    u_in += start * channels
+    delta_in += start * channels
+    B_in += start * groups * states
+    group, channel, inside, at_state, in_state = _channels_of(block, channels, groups, states, blocks, COLUMNS, STATES)
+    rate = tl.load(A_in + at_state, mask=in_state, other=0.0) * LOG2E
+    bias = _load_channels(bias_in, channel, inside)
+    state = tl.zeros([COLUMNS, STATES], tl.float32)
+    span = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, length, ROWS):
+        raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
+        u = _load_steps(u_in, first, length, channel, inside, channels, ROWS)
+        delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        for t in tl.static_range(ROWS):
+            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
+            span += delta[t]
+    tl.store(ends + row * size + at_state, state, mask=in_state)
+    tl.store(spans + row * channels + channel, span, mask=inside)
 
 
 @triton.jit
-def backward_kernel(
+def carry_kernel(
+    A_in,
+    initial,
+    ends,
+    spans,
+    offsets,
+    borders,
+    final,
+    channels,
+    states,
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The states before each chunk, and behind the last one; of gradients those behind each, and before the first."""
+    sequence = tl.program_id(0).to(tl.int64)
+    size = channels.to(tl.int64) * states
+    at = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < size
+    rate = tl.load(A_in + at, mask=inside, other=0.0) * LOG2E
+    state = tl.load(initial + sequence * size + at, mask=inside, other=0.0)
+    begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    row = begin // CHUNK + sequence
+    chunks = ((end - begin + CHUNK - 1) // CHUNK).to(tl.int32)
+    for first in range(0, chunks, ROWS):
+        added, decays = (), ()
+        for k in tl.static_range(ROWS):
+            chunk = (chunks - 1 - first - k) if REVERSE else (first + k)
+            mask = _before(inside, first + k, chunks)
+            added += (tl.load(ends + (row + chunk) * size + at, mask=mask, other=0.0),)
+            span = tl.load(spans + (row + chunk) * channels + at // states, mask=mask, other=0.0)
+            decays += (tl.exp2(span * rate),)
+        for k in tl.static_range(ROWS):
+            chunk = (chunks - 1 - first - k) if REVERSE else (first + k)
+            tl.store(borders + (row + chunk) * size + at, state, mask=_before(inside, first + k, chunks))
+            state = decays[k] * state + added[k]
+    tl.store(final + sequence * size + at, state, mask=inside)
+
+
+@triton.jit
+def output_kernel(
+    u_in,
+    delta_in,
+    A_in,
+    B_in,
+    C_in,
+    D_in,
+    z_in,
+    bias_in,
+    offsets,
+    borders,
+    y_out,
+    sequences,
+    channels,
+    groups,
+    states,
+    blocks,
+    SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and y_t = C_t . h_t, from the state before the chunk."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, length = _chunk_in(row, offsets, sequences, CHUNK)
+    size = channels * states
+    u_in += start * channels
+    delta_in += start * channels
+    y_out += start * channels
+    B_in += start * groups * states
+    C_in += start * groups * states
+    if z_in is not None:
+        z_in += start * channels
+    group, channel, inside, at_state, in_state = _channels_of(block, channels, groups, states, blocks, COLUMNS, STATES)
+    rate = tl.load(A_in + at_state, mask=in_state, other=0.0) * LOG2E
+    bias, skip = _load_channels(bias_in, channel, inside), _load_channels(D_in, channel, inside)
+    state = tl.load(borders + row * size + at_state, mask=_before(in_state, 0, length), other=0.0)
+    for first in range(0, length, ROWS):
+        raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
+        u = _load_steps(u_in, first, length, channel, inside, channels, ROWS)
+        if z_in is not None:
+            z = _load_steps(z_in, first, length, channel, inside, channels, ROWS)
+        delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        outputs = ()
+        for t in tl.static_range(ROWS):
+            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
+            C = _load_matrix(C_in, first + t, length, group, groups, states, STATES)
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
+            outputs += (tl.sum(state * C, axis=1) + skip * u[t],)
+        if z_in is not None:
+            outputs = _gated(outputs, z, ROWS)
+        for t in tl.static_range(ROWS):
+            at = (first + t) * channels + channel
+            tl.store(y_out + at, outputs[t].to(y_out.dtype.element_ty), mask=_before(inside, first + t, length))
+
+
+@triton.jit
+def flow_kernel(
+    grad_y,
+    delta_in,
+    A_in,
+    C_in,
+    z_in,
+    bias_in,
+    offsets,
+    ends,
+    spans,
+    sequences,
+    channels,
+    groups,
+    states,
+    blocks,
+    SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    """The gradient of the state before each chunk through this chunk's outputs only, and the sum of its step sizes."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, length = _chunk_in(row, offsets, sequences, CHUNK)
+    size = channels * states
+    grad_y += start * channels
+    delta_in += start * channels
+    C_in += start * groups * states
+    if z_in is not None:
+        z_in += start * channels
+    group, channel, inside, at_state, in_state = _channels_of(block, channels, groups, states, blocks, COLUMNS, STATES)
+    rate = tl.load(A_in + at_state, mask=in_state, other=0.0) * LOG2E
+    bias = _load_channels(bias_in, channel, inside)
+    grad = tl.zeros([COLUMNS, STATES], tl.float32)
+    span = tl.zeros([COLUMNS], tl.float32)
+    tiles = (length + ROWS - 1) // ROWS
+    for k in range(0, tiles):
+        first = (tiles - 1 - k) * ROWS
+        raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
+        gy = _load_steps(grad_y, first, length, channel, inside, channels, ROWS)
+        if z_in is not None:
+            gy = _gated(gy, _load_steps(z_in, first, length, channel, inside, channels, ROWS), ROWS)
+        delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        for back in tl.static_range(ROWS):
+            C = _load_matrix(C_in, first + ROWS - 1 - back, length, group, groups, states, STATES)
+            grad = tl.exp2(delta[ROWS - 1 - back][:, None] * rate) * (grad + gy[ROWS - 1 - back][:, None] * C)
+            span += delta[ROWS - 1 - back]
+    tl.store(ends + row * size + at_state, grad, mask=in_state)
+    tl.store(spans + row * channels + channel, span, mask=inside)
+
+
+@triton.jit
+def grad_kernel(
     grad_y,
     u_in,
     delta_in,
@@ -147,164 +349,141 @@ def backward_kernel(
     bias_in,
     offsets,
     borders,
-    tile_states,
+    flows,
     of_u,
     of_delta,
     of_A,
     of_B,
     of_C,
-    of_state,
     of_D,
     of_z,
     of_bias,
+    sequences,
     channels,
     groups,
     states,
     blocks,
     tokens,
-    span,
     SOFTPLUS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """g_t = C_t gy_t + exp(delta_{t+1} A) g_{t+1}, tile by tile from the last, and all gradients from g and h.
+    """g_t = C_t gy_t + exp(delta_{t+1} A) g_{t+1} and all gradients of a chunk, from the state before and g behind it.
 
-    A program goes through its channels a few at a time, for each tile anew: what it keeps for them from tile to tile
-    lies in memory that only it touches (of_state holds the gradient that goes on; of_A, of_D, of_bias sums; tile_states
-    the states before the tiles of one chunk).
+    It runs through the chunk once for the states before its tiles of so many rows, then through the tiles from the
+    last one on: forwards for the state before each step, and backwards. Sums over time and over channels are those of
+    this chunk, and of this block of channels.
     """
-    sequence = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64) // blocks
-    block = tl.program_id(1).to(tl.int64) % blocks * span
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, length = _chunk_in(row, offsets, sequences, CHUNK)
+    size = channels * states
+    grad_y += start * channels
+    u_in += start * channels
+    delta_in += start * channels
+    of_u += start * channels
+    of_delta += start * channels
+    B_in += start * groups * states
+    C_in += start * groups * states
+    of_B += (block.to(tl.int64) * tokens + start) * states
+    of_C += (block.to(tl.int64) * tokens + start) * states
+    if z_in is not None:
+        z_in += start * channels
+        of_z += start * channels
+    group, channel, inside, at_state, in_state = _channels_of(block, channels, groups, states, blocks, COLUMNS, STATES)
     n = tl.arange(0, STATES)
-    known = n < states
-    begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
-    border = begin // CHUNK + sequence
-    step = tl.arange(0, ROWS)
-    first, last = (step == 0)[:, None, None], (step == ROWS - 1)[:, None, None]
-    chunks = (end - begin + CHUNK - 1) // CHUNK
-    for i in range(0, chunks):
-        chunk = chunks - 1 - i
-        start = begin + chunk * CHUNK
-        tiles = (tl.minimum(CHUNK, end - start) + ROWS - 1) // ROWS
-        for sub in range(0, span // COLUMNS):
-            within = block + sub * COLUMNS + tl.arange(0, COLUMNS)
-            inside = within < channels // groups
-            channel = group * (channels // groups) + within
-            at_state = channel[:, None] * states + n[None, :]
-            in_state = inside[:, None] & known[None, :]
-            rate = tl.load(A_in + at_state, mask=in_state, other=0.0)
-            bias = _load_channels(bias_in, channel, inside)
-            state = tl.load(borders + (border + chunk) * channels * states + at_state, mask=in_state, other=0.0)
-            for tile in range(0, tiles):
-                slot = (sequence * (CHUNK // ROWS) + tile) * channels * states
-                tl.store(tile_states + slot + at_state, state, mask=in_state)
-                token = start + tile * ROWS + step
-                at = token[:, None] * channels + channel[None, :]
-                mask = (token < end)[:, None] & inside[None, :]
-                at_B = (token[:, None] * groups + group) * states + n[None, :]
-                B = tl.load(B_in + at_B, mask=(token < end)[:, None] & known[None, :], other=0.0).to(tl.float32)
-                u = tl.load(u_in + at, mask=mask, other=0.0).to(tl.float32)
-                _, delta = _load_steps(delta_in, at, mask, bias, SOFTPLUS)
-                factor, h = tl.associative_scan(
-                    (tl.exp(delta[:, :, None] * rate[None, :, :]), (delta * u)[:, :, None] * B[:, None, :]), 0, _compose
-                )
-                state = tl.sum(tl.where(last, factor * state[None, :, :] + h, 0.0), axis=0)
-        tl.debug_barrier()  # another thread may read in a tile what this one has written
-        for k in range(0, tiles):
-            tile = tiles - 1 - k
-            token = start + tile * ROWS + step
-            inner = token < end
-            at_B = (token[:, None] * groups + group) * states + n[None, :]
-            mask_B = inner[:, None] & known[None, :]
-            B = tl.load(B_in + at_B, mask=mask_B, other=0.0).to(tl.float32)
-            C = tl.load(C_in + at_B, mask=mask_B, other=0.0).to(tl.float32)
-            has_before = (step > 0) & inner
-            has_next = (step < ROWS - 1) & (token + 1 < end)
-            before_B = has_before[:, None] & known[None, :]
-            B_before = tl.load(B_in + at_B - groups * states, mask=before_B, other=0.0).to(tl.float32)
-            sum_B = tl.zeros([ROWS, STATES], tl.float32)
-            sum_C = tl.zeros([ROWS, STATES], tl.float32)
-            for sub in range(0, span // COLUMNS):
-                within = block + sub * COLUMNS + tl.arange(0, COLUMNS)
-                inside = within < channels // groups
-                channel = group * (channels // groups) + within
-                at = token[:, None] * channels + channel[None, :]
-                mask = inner[:, None] & inside[None, :]
-                at_state = channel[:, None] * states + n[None, :]
-                in_state = inside[:, None] & known[None, :]
-                own_state = sequence * channels * states + at_state
-                rate = tl.load(A_in + at_state, mask=in_state, other=0.0)
-                bias, skip = _load_channels(bias_in, channel, inside), _load_channels(D_in, channel, inside)
-                # the state before each step, from the inputs one step earlier
-                before_mask = has_before[:, None] & inside[None, :]
-                u_before = tl.load(u_in + at - channels, mask=before_mask, other=0.0).to(tl.float32)
-                _, delta_before = _load_steps(delta_in, at - channels, before_mask, bias, SOFTPLUS)
-                slot = (sequence * (CHUNK // ROWS) + tile) * channels * states
-                state = tl.load(tile_states + slot + at_state, mask=in_state, other=0.0)
-                factor, old = tl.associative_scan(
-                    (
-                        tl.exp(delta_before[:, :, None] * rate[None, :, :]),
-                        (delta_before * u_before)[:, :, None] * B_before[:, None, :],
-                    ),
-                    0,
-                    _compose,
-                )
-                old = factor * state[None, :, :] + old
-                u = tl.load(u_in + at, mask=mask, other=0.0).to(tl.float32)
-                raw, delta = _load_steps(delta_in, at, mask, bias, SOFTPLUS)
-                gy = tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
-                old *= tl.exp(delta[:, :, None] * rate[None, :, :])
-                h = old + (delta * u)[:, :, None] * B[:, None, :]
-                if z_in is not None:
-                    z = tl.load(z_in + at, mask=mask, other=0.0).to(tl.float32)
-                    share = _sigmoid(z)
-                    y = tl.sum(h * C[:, None, :], axis=2) + skip[None, :] * u
-                    grad = gy * y * share * (1.0 + z * (1.0 - share))
-                    tl.store(of_z + at, grad.to(of_z.dtype.element_ty), mask=mask)
-                    gy *= z * share
-                sum_C += tl.sum(h * gy[:, :, None], axis=1)
-                # the gradients of the states; a last step's factor is 1, what comes from behind it has been decayed
-                _, delta_next = _load_steps(
-                    delta_in, at + channels, has_next[:, None] & inside[None, :], bias, SOFTPLUS
-                )
-                carry = tl.load(of_state + own_state, mask=in_state, other=0.0)
-                factor, g = tl.associative_scan(
-                    (tl.exp(delta_next[:, :, None] * rate[None, :, :]), gy[:, :, None] * C[:, None, :]),
-                    0,
-                    _compose,
-                    reverse=True,
-                )
-                g = factor * carry[None, :, :] + g
-                # loaded again, out of the cache: there are no registers to keep them in
-                u = tl.load(u_in + at, mask=mask, other=0.0).to(tl.float32)
-                raw, delta = _load_steps(delta_in, at, mask, bias, SOFTPLUS)
-                sum_B += tl.sum(g * (delta * u)[:, :, None], axis=1)
-                entering = tl.sum(g * B[:, None, :], axis=2)
-                x = g * old  # the gradient of delta A
-                grad = tl.sum(x * rate[None, :, :], axis=2) + entering * u
-                if SOFTPLUS:
-                    grad *= _sigmoid(raw)
-                tl.store(of_delta + at, grad.to(of_delta.dtype.element_ty), mask=mask)
-                of_input = entering * delta + skip[None, :] * gy
-                tl.store(of_u + at, of_input.to(of_u.dtype.element_ty), mask=mask)
-                sum_A = tl.load(of_A + own_state, mask=in_state, other=0.0)
-                tl.store(of_A + own_state, sum_A + tl.sum(x * delta[:, :, None], axis=0), mask=in_state)
-                carry = tl.sum(tl.where(first, g * tl.exp(delta[:, :, None] * rate[None, :, :]), 0.0), axis=0)
-                tl.store(of_state + own_state, carry, mask=in_state)
-                own = sequence * channels + channel
-                if D_in is not None:
-                    so_far = tl.load(of_D + own, mask=inside, other=0.0)
-                    tl.store(of_D + own, so_far + tl.sum(gy * u, axis=0), mask=inside)
-                if bias_in is not None:
-                    so_far = tl.load(of_bias + own, mask=inside, other=0.0)
-                    tl.store(of_bias + own, so_far + tl.sum(tl.where(mask, grad, 0.0), axis=0), mask=inside)
-            at_sum = (tl.program_id(1).to(tl.int64) * tokens + token[:, None]) * states + n[None, :]
-            tl.store(of_B + at_sum, sum_B, mask=mask_B)
-            tl.store(of_C + at_sum, sum_C, mask=mask_B)
-            tl.debug_barrier()  # as above, in the next tile
+    rate = tl.load(A_in + at_state, mask=in_state, other=0.0) * LOG2E
+    bias, skip = _load_channels(bias_in, channel, inside), _load_channels(D_in, channel, inside)
+    used = _before(in_state, 0, length)
+    state = tl.load(borders + row * size + at_state, mask=used, other=0.0)
+    flow = tl.load(flows + row * size + at_state, mask=used, other=0.0)
+    tiles = (length + ROWS - 1) // ROWS
+    number = tl.arange(0, CHUNK // ROWS)[:, None, None]
+    kept = tl.zeros([CHUNK // ROWS, COLUMNS, STATES], tl.float32) + state[None, :, :]
+    for tile in range(1, tiles):
+        first = (tile - 1) * ROWS
+        raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
+        u = _load_steps(u_in, first, length, channel, inside, channels, ROWS)
+        delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        for t in tl.static_range(ROWS):
+            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
+        kept = tl.where(number == tile, state[None, :, :], kept)
+    sum_A = tl.zeros([COLUMNS, STATES], tl.float32)
+    sum_D = tl.zeros([COLUMNS], tl.float32)
+    sum_bias = tl.zeros([COLUMNS], tl.float32)
+    for k in range(0, tiles):
+        first = (tiles - 1 - k) * ROWS
+        raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
+        u = _load_steps(u_in, first, length, channel, inside, channels, ROWS)
+        gy = _load_steps(grad_y, first, length, channel, inside, channels, ROWS)
+        delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        state = tl.sum(tl.where(number == tiles - 1 - k, kept, 0.0), axis=0)
+        before = ()
+        for t in tl.static_range(ROWS):
+            before += (state,)
+            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
+        tl.debug_barrier()  # B is loaded again, out of the cache: there are no registers to keep it in
+        if z_in is not None:
+            z = _load_steps(z_in, first, length, channel, inside, channels, ROWS)
+        # what is stored of a step waits in the step's row of a tile, for one exchange between threads
+        rows_u = tl.zeros([COLUMNS, STATES], tl.float32)
+        rows_delta = tl.zeros([COLUMNS, STATES], tl.float32)
+        rows_z = tl.zeros([COLUMNS, STATES], tl.float32)
+        rows_B = tl.zeros([COLUMNS // ROWS, ROWS, STATES], tl.float32)
+        rows_C = tl.zeros([COLUMNS // ROWS, ROWS, STATES], tl.float32)
+        for back in tl.static_range(ROWS):
+            one, grad_out, step = u[ROWS - 1 - back], gy[ROWS - 1 - back], delta[ROWS - 1 - back]
+            B = _load_matrix(B_in, first + ROWS - 1 - back, length, group, groups, states, STATES)
+            C = _load_matrix(C_in, first + ROWS - 1 - back, length, group, groups, states, STATES)
+            decay = tl.exp2(step[:, None] * rate)
+            old = decay * before[ROWS - 1 - back]
+            h = old + (step * one)[:, None] * B
+            own = n[None, :] == ROWS - 1 - back
+            if z_in is not None:
+                gate = z[ROWS - 1 - back]
+                share = _sigmoid(gate)
+                y = tl.sum(h * C, axis=1) + skip * one
+                rows_z = tl.where(own, (grad_out * y * share * (1.0 + gate * (1.0 - share)))[:, None], rows_z)
+                grad_out *= gate * share
+            g = flow + grad_out[:, None] * C
+            x = g * old  # the gradient of delta A
+            entering = tl.sum(g * B, axis=1)
+            of_step = tl.sum(x * rate, axis=1) * LN2 + entering * one
+            if SOFTPLUS:
+                of_step *= _slope(step)
+            of_step = tl.where(first + ROWS - 1 - back < length, of_step, 0.0)
+            rows_delta = tl.where(own, of_step[:, None], rows_delta)
+            rows_u = tl.where(own, (entering * step + skip * grad_out)[:, None], rows_u)
+            # sums over so many neighbouring channels as there are rows
+            own = tl.arange(0, ROWS)[None, :, None] == ROWS - 1 - back
+            few_B = tl.reshape(g * (step * one)[:, None], [COLUMNS // ROWS, ROWS, STATES])
+            few_C = tl.reshape(h * grad_out[:, None], [COLUMNS // ROWS, ROWS, STATES])
+            rows_B = tl.where(own, tl.sum(few_B, axis=1)[:, None, :], rows_B)
+            rows_C = tl.where(own, tl.sum(few_C, axis=1)[:, None, :], rows_C)
+            sum_A += x * step[:, None]
+            sum_D += grad_out * one
+            sum_bias += of_step
+            flow = g * decay
+        step = first + n
+        at = step[None, :] * channels + channel[:, None]
+        mask = inside[:, None] & (n[None, :] < ROWS) & (step[None, :] < length)
+        tl.store(of_u + at, rows_u.to(of_u.dtype.element_ty), mask=mask)
+        tl.store(of_delta + at, rows_delta.to(of_delta.dtype.element_ty), mask=mask)
+        if z_in is not None:
+            tl.store(of_z + at, rows_z.to(of_z.dtype.element_ty), mask=mask)
+        step = first + tl.arange(0, ROWS)
+        at = step[:, None] * states + n[None, :]
+        mask = (step < length)[:, None] & (n < states)[None, :]
+        tl.store(of_B + at, tl.sum(rows_B, axis=0), mask=mask)
+        tl.store(of_C + at, tl.sum(rows_C, axis=0), mask=mask)
+    tl.store(of_A + row * size + at_state, sum_A, mask=in_state)
+    if D_in is not None:
+        tl.store(of_D + row * channels + channel, sum_D, mask=inside)
+    if bias_in is not None:
+        tl.store(of_bias + row * channels + channel, sum_bias, mask=inside)
 
 
 def selective_scan(given: Inputs, offsets: Tensor, delta_softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -361,13 +540,18 @@ def _scan(given: Inputs, offsets: Tensor, delta_softplus: bool) -> tuple[Tensor,
     """The op's forward for at most `WIDEST` states."""
     u, delta, A, B, C, initial, D, z, delta_bias = _contiguous(*given)
     (sequences, channels, states), groups = initial.shape, B.shape[1]
+    rows = border_rows(u.shape[0], sequences, CHUNK)
     y, final = torch.empty_like(u), torch.empty_like(initial)
-    borders = initial.new_zeros(border_rows(u.shape[0], sequences), channels, states)
-    constants = constants_for(channels // groups, states, delta_softplus)
+    borders, ends = (initial.new_empty(rows, channels, states) for _ in range(2))
+    spans = initial.new_empty(rows, channels)
+    constants = constants_for(channels // groups, states, delta_softplus, ROWS, COLUMNS)
     blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
-    forward_kernel[sequences, groups * blocks](
-        u, delta, A, B, C, D, z, delta_bias, initial, offsets, y, final, borders,
-        channels, groups, states, blocks, **constants, num_warps=WARPS,
+    sizes = (sequences, channels, groups, states, blocks)
+    grid = rows, groups * blocks
+    end_kernel[grid](u, delta, A, B, delta_bias, offsets, ends, spans, *sizes, **constants, num_warps=WARPS)
+    _carry(A, initial, ends, spans, offsets, borders, final, reverse=False)
+    output_kernel[grid](
+        u, delta, A, B, C, D, z, delta_bias, offsets, borders, y, *sizes, **constants, num_warps=WARPS
     )  # fmt: skip
     return y, final, borders
 
@@ -376,55 +560,97 @@ def _scan_backward(
     grad_y: Tensor, grad_final: Tensor, given: Inputs, borders: Tensor, offsets: Tensor, delta_softplus: bool
 ) -> list[Tensor | None]:
     """The op's backward for at most `WIDEST` states."""
-    u, delta, A, B, C, initial, D, z, delta_bias = _contiguous(*given)
+    u, delta, A, B, C, initial, D, z, delta_bias, grad_y, grad_final, borders = _contiguous(
+        *given, grad_y, grad_final, borders
+    )
     (sequences, channels, states), tokens, groups = initial.shape, u.shape[0], B.shape[1]
-    constants = constants_for(channels // groups, states, delta_softplus)
-    tile_states = initial.new_empty(sequences, CHUNK // ROWS, channels, states)
-    span = max(constants["COLUMNS"], min(SPAN, triton.next_power_of_2(channels // groups)))
-    blocks = triton.cdiv(channels // groups, span)
+    rows = borders.shape[0]
+    ends, flows, of_A = (torch.empty_like(borders) for _ in range(3))
+    spans = initial.new_empty(rows, channels)
+    of_state = torch.empty_like(initial)
+    constants = constants_for(channels // groups, states, delta_softplus, ROWS, COLUMNS)
+    blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
+    flow_kernel[rows, groups * blocks](
+        grad_y, delta, A, C, z, delta_bias, offsets, ends, spans,
+        sequences, channels, groups, states, blocks, **constants, num_warps=WARPS,
+    )  # fmt: skip
+    _carry(A, grad_final, ends, spans, offsets, flows, of_state, reverse=True)
+    constants = constants_for(channels // groups, states, delta_softplus, GRAD_ROWS, GRAD_COLUMNS)
+    blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
     of_u, of_delta = torch.empty_like(u), torch.empty_like(delta)
-    of_A, of_state = torch.zeros_like(initial), grad_final.clone(memory_format=torch.contiguous_format)
     of_B, of_C = (initial.new_empty(groups, blocks, tokens, states) for _ in range(2))
-    of_D, of_bias = (None if x is None else initial.new_zeros(sequences, channels) for x in (D, delta_bias))
+    of_D, of_bias = (None if x is None else initial.new_empty(rows, channels) for x in (D, delta_bias))
     of_z = None if z is None else torch.empty_like(z)
-    backward_kernel[sequences, groups * blocks](
-        grad_y.contiguous(), u, delta, A, B, C, D, z, delta_bias, offsets, borders.contiguous(), tile_states,
-        of_u, of_delta, of_A, of_B, of_C, of_state, of_D, of_z, of_bias,
-        channels, groups, states, blocks, tokens, span, **constants, num_warps=WARPS,
+    grad_kernel[rows, groups * blocks](
+        grad_y, u, delta, A, B, C, D, z, delta_bias, offsets, borders, flows,
+        of_u, of_delta, of_A, of_B, of_C, of_D, of_z, of_bias,
+        sequences, channels, groups, states, blocks, tokens, **constants, num_warps=GRAD_WARPS,
     )  # fmt: skip
     of_B, of_C = (blocks.sum(1).transpose(0, 1).to(u.dtype).contiguous() for blocks in (of_B, of_C))
     of_D, of_bias = (None if x is None else x.sum(0) for x in (of_D, of_bias))
     return [of_u, of_delta, of_A.sum(0), of_B, of_C, of_state, of_D, of_z, of_bias]
 
 
+def _carry(
+    A: Tensor,
+    initial: Tensor,
+    ends: Tensor,
+    spans: Tensor,
+    offsets: Tensor,
+    borders: Tensor,
+    final: Tensor,
+    *,
+    reverse: bool,
+) -> None:
+    """From chunk to chunk of every sequence."""
+    sequences, channels, states = initial.shape
+    carry_kernel[sequences, triton.cdiv(channels * states, WIDTH)](
+        A, initial, ends, spans, offsets, borders, final, channels, states,
+        REVERSE=reverse, CHUNK=CHUNK, ROWS=ROWS, WIDTH=WIDTH, num_warps=WARPS,
+    )  # fmt: skip
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def constants_for(channels: int, states: int, softplus: bool) -> dict[str, Any]:
-    """Compile-time arguments for this many channels in a group: a tile of 2,048 numbers."""
-    wide = triton.next_power_of_2(states)
-    columns = min(triton.next_power_of_2(channels), max(1, 2048 // ROWS // wide), 16)
-    return {"SOFTPLUS": softplus, "CHUNK": CHUNK, "ROWS": ROWS, "COLUMNS": columns, "STATES": wide}
+def constants_for(channels: int, states: int, softplus: bool, rows: int, columns: int) -> dict[str, Any]:
+    """Compile-time arguments for this many channels in a group, at most so many of them in a program.
+
+    In `grad_kernel` a tile of a program's channels and states has a row, and a column, for each of the steps.
+    """
+    columns = max(rows, min(triton.next_power_of_2(channels), columns))
+    wide = max(rows, triton.next_power_of_2(states))
+    return {"SOFTPLUS": softplus, "CHUNK": CHUNK, "ROWS": rows, "COLUMNS": columns, "STATES": wide}
 
 
 def launches() -> list[Launch]:
     """Every configuration at the largest number of states, for the static analysis; fewer take no more registers."""
-    scalars = ("channels", "groups", "states", "blocks", "tokens", "span")
-    fixed = ("A_in", "D_in", "bias_in", "initial", "final", "borders", "tile_states")
-    sums = ("of_A", "of_B", "of_C", "of_state", "of_D", "of_bias")
-    return [
+    scalars = ("sequences", "channels", "groups", "states", "blocks", "tokens")
+    fixed = ("A_in", "D_in", "bias_in", "initial", "final", "borders", "ends", "spans", "flows")
+    sums = ("of_A", "of_B", "of_C", "of_D", "of_bias")
+    one = constants_for(1536, WIDEST, True, ROWS, COLUMNS)
+    grad = constants_for(1536, WIDEST, True, GRAD_ROWS, GRAD_COLUMNS)
+    carry = {"REVERSE": True, "CHUNK": CHUNK, "ROWS": ROWS, "WIDTH": WIDTH}
+    found = [
         Launch(
             kernel,
-            constants_for(1536, WIDEST, True),
+            constants,
             dtype,
             states=(*fixed, *sums),
             scalars=scalars,
-            absent=() if gated else ("z_in", "of_z") if kernel is backward_kernel else ("z_in",),
-            warps=WARPS,
+            absent=() if gated else tuple(name for name in kernel.arg_names if name in ("z_in", "of_z")),
+            warps=warps,
             label="gated" if gated else "",
+        )
+        for kernel, constants, warps in (
+            (output_kernel, one, WARPS),
+            (grad_kernel, grad, GRAD_WARPS),
+            (flow_kernel, one, WARPS),
         )
         for dtype in (torch.float32, torch.bfloat16)
         for gated in (True, False)
-        for kernel in (forward_kernel, backward_kernel)
     ]
+    for kernel, constants, dtype in ((end_kernel, one, torch.bfloat16), (carry_kernel, carry, torch.float32)):
+        found.append(Launch(kernel, constants, dtype, states=fixed, scalars=scalars, warps=WARPS))
+    return found

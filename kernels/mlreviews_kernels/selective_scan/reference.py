@@ -14,13 +14,13 @@ from mlreviews_kernels.arguments import check_offsets
 CHUNK = 64  # steps between the states that forward keeps for backward
 
 
-def border_rows(tokens: int, sequences: int) -> int:
+def border_rows(tokens: int, sequences: int, chunk: int = CHUNK) -> int:
     """How many states forward keeps: enough for one before each chunk of each sequence, however they are cut.
 
-    The state before chunk k of the sequence i, which begins at token s, is in row ``s // CHUNK + i + k``; some rows
+    The state before chunk k of the sequence i, which begins at token s, is in row ``s // chunk + i + k``; some rows
     stay unused. So the number depends on no offset, and rows are found without a sum over the sequences before.
     """
-    return tokens // CHUNK + sequences
+    return tokens // chunk + sequences
 
 
 class Inputs(NamedTuple):
