@@ -65,7 +65,7 @@ class Models:
 
 @cache
 def models() -> Models:
-    target, draft = load_pretrained("python-target"), load_pretrained("python-draft")
+    target, draft = load_pretrained("python-target"), load_pretrained("python-draft-distilled")
     return Models(target, draft, as_llama(target), as_llama(draft))
 
 

@@ -141,7 +141,8 @@ def test_errors() -> None:
 
 
 def test_shipped_models_and_folders(tmp_path: Path) -> None:
-    for name, least in (("python-target", 3_000_000), ("python-draft", 250_000)):
+    draft = 250_000
+    for name, least in (("python-target", 3_000_000), ("python-draft", draft), ("python-draft-distilled", draft)):
         model = load_pretrained(name)
         assert not model.training
         assert least < sum(p.numel() for p in model.parameters()) < 1.3 * least

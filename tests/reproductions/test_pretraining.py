@@ -7,7 +7,7 @@ import torch
 from mlreviews.datasets import text_corpus
 from mlreviews.models import TinyLM, TinyLMConfig, load_pretrained
 from mlreviews.reproductions import pretraining
-from mlreviews.reproductions.pretraining import Muon, Recipe, orthogonalised, pretrain
+from mlreviews.reproductions.pretraining import Muon, Recipe, acceptance, distance, orthogonalised, pretrain
 
 RECIPE = Recipe(
     TinyLMConfig(d_model=16, layers=1, heads=2, hidden=16),
@@ -120,3 +120,28 @@ def test_a_teacher_is_followed_in_the_last_part(tmp_path, corpus) -> None:
     run(recipe, tmp_path / "with", split=corpus.train, teacher=teacher)
     run(recipe, tmp_path / "without", split=corpus.train)
     assert far("with") < 0.7 * far("without")
+
+
+def test_distance_is_1_less_the_acceptance() -> None:
+    p, q = torch.tensor([[[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], [[0.1, 0.6, 0.3], [1.0, 0.0, 0.0]]])
+    # sum min(p, q): 0.1 + 0.5 at the first place, 0.2 at the second
+    assert float(distance(q.log()[None], p.log()[None])) == pytest.approx(1 - (0.6 + 0.2) / 2)
+
+
+def test_a_second_stage_goes_on_and_brings_the_draft_nearer(tmp_path, corpus) -> None:
+    run(RECIPE, tmp_path / "first", split=corpus.train)
+    untouched = replace(RECIPE, steps=1, muon_rate=0.0, adam_rate=0.0)
+    run(untouched, tmp_path / "same", split=corpus.train, start=tmp_path / "first")
+    a, b = (TinyLM.load(tmp_path / name).state_dict() for name in ("first", "same"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+    teacher = TinyLM(RECIPE.config, generator=torch.Generator().manual_seed(9)).requires_grad_(False)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(4)
+    recipe = replace(RECIPE, steps=40, last=1.0, distance=1.0)
+    run(recipe, tmp_path / "second", split=corpus.train, teacher=teacher, start=tmp_path / "first")
+    record = json.loads((tmp_path / "second" / "training.json").read_text())
+    assert record["first_stage"] == json.loads((tmp_path / "first" / "training.json").read_text())
+    assert record["acceptance"]["temperature_1"] > record["acceptance_before"]["temperature_1"] + 0.02
+    found = acceptance(TinyLM.load(tmp_path / "second"), teacher, corpus.validation)
+    assert found == record["acceptance"]

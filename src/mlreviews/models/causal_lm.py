@@ -264,8 +264,9 @@ def load_pretrained(name: str) -> TinyLM:
     """One of the models that ship with the package, in evaluation mode, or one that `pretraining` wrote to a folder.
 
     Byte-level models of Python source, ids of `mlreviews.datasets.ByteTokenizer`: "python-target" (3.3 million
-    parameters) and "python-draft" (0.3 million). Their folders under ``mlreviews/models/pretrained`` hold the recipe,
-    the loss curve and the validation loss (``training.json``).
+    parameters), "python-draft" (0.3 million), and "python-draft-distilled", the same draft after further training on
+    what the target expects, for speculative decoding. Their folders under ``mlreviews/models/pretrained`` hold the
+    recipe, the loss curve and the validation loss (``training.json``).
 
     Args:
         name: of a shipped model, or a folder.

@@ -4,6 +4,8 @@
 
     python -m mlreviews.reproductions.pretraining target --out weights/python-target
     python -m mlreviews.reproductions.pretraining draft --teacher weights/python-target --out weights/python-draft
+    python -m mlreviews.reproductions.pretraining distilled --start weights/python-draft \\
+        --teacher weights/python-target --out weights/python-draft-distilled
     python -m mlreviews.reproductions.pretraining large --device cuda --out weights/python-large
 
 A run keeps a checkpoint in its folder and goes on from there when the same command is given again. At the end the
@@ -14,11 +16,17 @@ the loss curve, and bits per byte over the whole validation part, measured with 
 Matrices of the blocks are trained by Muon (momentum, orthogonalised), everything else by AdamW. The rate rises over the
 first steps, stays, and falls linearly to 0 over the last part, in which windows are longer. A draft learns what its
 teacher expects as well: the cross-entropy with the teacher's distribution replaces that with the text in the last part.
+
+The draft has a second stage, ``distilled``, after DistillSpec (arXiv:2310.08461): it goes on from the first one's
+weights, follows the teacher from the first step on, and its loss has the total variation distance to the teacher as
+well, which is the rate at which speculative decoding rejects what it drafts. Unlike in the paper, the text is the
+corpus and not the teacher's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -54,6 +62,7 @@ class Recipe:
         muon_rate: of the matrices.
         adam_rate: of the embedding and the gains.
         weight_decay: of the matrices, times the rate.
+        distance: weight of the total variation distance to the teacher, beside the cross-entropy with it.
         seed: draws the weights and the windows.
     """
 
@@ -67,6 +76,7 @@ class Recipe:
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     weight_decay: float = 0.02
+    distance: float = 0.0
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -79,10 +89,23 @@ class Recipe:
         return step >= (1 - self.last) * self.steps
 
 
+DRAFT = TinyLMConfig(d_model=112, layers=2, heads=4, kv_heads=1, hidden=304, context=1024)
 RECIPES = {
     # 3.3 million parameters, and 11 times fewer: depth is what a step of decoding costs, so the draft has 2 blocks.
     "target": Recipe(TinyLMConfig(d_model=160, layers=12, heads=5, kv_heads=1, hidden=432, context=1024)),
-    "draft": Recipe(TinyLMConfig(d_model=112, layers=2, heads=4, kv_heads=1, hidden=304, context=1024), steps=800),
+    "draft": Recipe(DRAFT, steps=800),
+    "distilled": Recipe(
+        DRAFT,
+        steps=400,
+        batch_bytes=4096,
+        last_length=512,
+        last=1.0,
+        warm_up=20,
+        muon_rate=0.01,
+        adam_rate=0.0015,
+        distance=1.0,
+        seed=1,
+    ),
     # For a GPU: 87 million parameters, 2.6 billion bytes.
     "large": Recipe(
         TinyLMConfig(d_model=768, layers=12, heads=12, kv_heads=4, context=1024),
@@ -169,8 +192,19 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), teacher_logits.flatten(0, 1).softmax(1))
 
 
+def distance(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean total variation distance of the student's distribution to the teacher's: 1 less mean sum min(p, q)."""
+    return (logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1).mean() / 2
+
+
 def pretrain(
-    recipe: Recipe, out: Path, *, teacher: TinyLM | None = None, device: str = "cpu", split: TextSplit | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    teacher: TinyLM | None = None,
+    start: Path | None = None,
+    device: str = "cpu",
+    split: TextSplit | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Trains, or goes on with the run in `out`, and writes model and record there at the end.
 
@@ -178,6 +212,7 @@ def pretrain(
         recipe: sizes and settings.
         out: folder; a checkpoint of another recipe in it is an error.
         teacher: a model with the same vocabulary, for the last part.
+        start: folder of a run whose weights are gone on from; None draws them.
         device: where to train.
         split: text; None is the training part of `mlreviews.datasets.python_source`.
 
@@ -190,9 +225,9 @@ def pretrain(
     split = python_source().train if split is None else split
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(recipe.seed)
-    model = TinyLM(recipe.config, generator=generator).to(device)
+    model = (TinyLM(recipe.config, generator=generator) if start is None else TinyLM.load(start)).to(device)
     rules = optimisers(model, recipe)
-    checkpoint, start, seconds, curve = out / "checkpoint.pt", 0, 0.0, []
+    checkpoint, done, seconds, curve = out / "checkpoint.pt", 0, 0.0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         if saved["recipe"] != json.dumps(asdict(recipe)):
@@ -200,9 +235,9 @@ def pretrain(
         model.load_state_dict(saved["model"])
         for rule, state in zip(rules, saved["rules"], strict=True):
             rule.load_state_dict(state)
-        start, seconds, curve = saved["step"], saved["seconds"], saved["curve"]
+        done, seconds, curve = saved["step"], saved["seconds"], saved["curve"]
     began = time.perf_counter() - seconds
-    for step in range(start, recipe.steps):
+    for step in range(done, recipe.steps):
         loss = _update(model, rules, recipe, step, split, teacher)
         curve.append(round(loss, 4))
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
@@ -217,7 +252,7 @@ def pretrain(
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
         yield step + 1, loss
-    _write(model, recipe, out, time.perf_counter() - began, curve)
+    _write(model, recipe, out, time.perf_counter() - began, curve, teacher, start)
 
 
 def _update(
@@ -241,6 +276,8 @@ def _update(
         with torch.no_grad():
             expected = teacher(window[:, :-1]).logits
         loss = soft_cross_entropy(logits, expected)
+        if recipe.distance:
+            loss = loss + recipe.distance * distance(logits, expected)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
     for rule, rate in zip(rules, (recipe.muon_rate, recipe.adam_rate), strict=True):
@@ -251,7 +288,15 @@ def _update(
     return float(text.detach()) / math.log(2)
 
 
-def _write(model: TinyLM, recipe: Recipe, out: Path, seconds: float, curve: list[float]) -> None:
+def _write(
+    model: TinyLM,
+    recipe: Recipe,
+    out: Path,
+    seconds: float,
+    curve: list[float],
+    teacher: TinyLM | None,
+    start: Path | None,
+) -> None:
     """The shipped form: rounded to float16, and measured after rounding."""
     model.half().save(out)
     model.float()
@@ -263,14 +308,42 @@ def _write(model: TinyLM, recipe: Recipe, out: Path, seconds: float, curve: list
         "bytes_of_text": recipe.steps * recipe.batch_bytes,
         "corpus": corpus.description,
         "validation_bits_per_byte": round(
-            bits_per_byte(model, validation, recipe.last_length, len(validation.data)), 4
+            bits_per_byte(model, validation, recipe.config.context or recipe.last_length, len(validation.data)), 4
         ),
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "loss_curve": {"unit": "bits per byte of each step's windows, mean of 10 steps", "values": _tens(curve)},
     }
+    if teacher is not None:
+        record["acceptance"] = acceptance(model, teacher, validation)
+    if start is not None:
+        record["first_stage"] = json.loads((start / "training.json").read_text(encoding="utf-8"))
+        if teacher is not None:
+            before = TinyLM.load(start).to(model.embed_tokens.weight.device)
+            record["acceptance_before"] = acceptance(before, teacher, validation)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def acceptance(model: TinyLM, teacher: TinyLM, split: TextSplit, length: int = 512, count: int = 128) -> dict[str, Any]:
+    """How often a token that the model drafts is accepted by its teacher: mean sum min(p, q) at two temperatures.
+
+    Args:
+        model: the draft.
+        teacher: the target.
+        split: text; the places are those after random windows of it, the same in every call.
+        length: of a window, in bytes.
+        count: windows, in batches of 8.
+    """
+    device = model.embed_tokens.weight.device
+    windows = split.batches(length, 8, torch.Generator().manual_seed(0))
+    means = []
+    for window in itertools.islice(windows, count // 8):
+        p, q = (m(window[:, :-1].to(device)).logits for m in (teacher, model))
+        means.append([float((p.argmax(-1) == q.argmax(-1)).double().mean()), 1 - float(distance(q, p))])
+    greedy, drawn = torch.tensor(means).mean(0).tolist()
+    return {"held_out_bytes": count * length, "temperature_0": round(greedy, 4), "temperature_1": round(drawn, 4)}
 
 
 def _tens(curve: list[float]) -> list[float]:
@@ -283,6 +356,7 @@ def main() -> None:
     options.add_argument("recipe", choices=RECIPES)
     options.add_argument("--out", type=Path, required=True, help="folder of the run")
     options.add_argument("--teacher", type=Path, help="folder of a trained model, for a draft")
+    options.add_argument("--start", type=Path, help="folder of the run to go on from, for the second stage of a draft")
     options.add_argument("--device", default="cpu")
     options.add_argument("--threads", type=int, help="threads of torch; default: what torch chooses")
     arguments = options.parse_args()
@@ -293,7 +367,8 @@ def main() -> None:
     if arguments.teacher:
         teacher = TinyLM.load(arguments.teacher).to(arguments.device).requires_grad_(False)
     began = time.perf_counter()
-    for step, loss in pretrain(recipe, arguments.out, teacher=teacher, device=arguments.device):
+    run = pretrain(recipe, arguments.out, teacher=teacher, start=arguments.start, device=arguments.device)
+    for step, loss in run:
         if step % 20 == 0:
             console.print(f"step {step}/{recipe.steps}: {loss:.3f} bits per byte, {time.perf_counter() - began:.0f} s")
     console.print(f"written: {arguments.out}", soft_wrap=True)
