@@ -51,7 +51,8 @@ class Launch:
         wavefronts: the same on AMD; as many as warps if 0.
         stages: of the software pipeline; 1 on AMD, whose blocks have little shared memory.
         chips: of `TARGETS`, on which it is chosen.
-        spills: bytes of registers that it may spill, where that was measured to be faster than what spills none.
+        spills: bytes of registers that it may spill: where that was measured to be faster than what spills none, or
+            where nothing else was found.
         label: what tells it from others of the same kernel and dtype.
         matmul: whether it must use the tensor cores (with half-precision inputs).
     """

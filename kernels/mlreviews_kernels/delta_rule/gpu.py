@@ -13,6 +13,7 @@ asks for less.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.backends import is_hopper
 from mlreviews_kernels.chunks_gpu import chunk_at, first_row, rows
 from mlreviews_kernels.delta_rule.reference import Inputs
-from mlreviews_kernels.static import Launch
+from mlreviews_kernels.static import MEASURED_SPILLS, Launch, chips
 
 TIME = 16  # steps of a chunk: the inverse is found row by row
 VALUES = 32  # columns of the state that one program carries; half of it in float32
@@ -40,15 +42,15 @@ def _rows(pointer, begin, row, heads, head, width, columns, inside):
 
 @triton.jit
 def _bounds(begin, end, within, span, shares, TIME: tl.constexpr):
-    """Where a sequence's chunk of this number begins and ends: each span of its time has so many shares."""
+    """Where a sequence's chunk of this number begins, and its steps: each span of time has so many shares."""
     start = begin + within // shares * span
     first = start + within % shares * TIME
-    return first, tl.minimum(tl.minimum(first + TIME, start + span), end)
+    return first, tl.minimum(tl.minimum(start + span, end) - first, TIME).to(tl.int32)
 
 
 @triton.jit
 def _place(chunk, heads, offsets, sequences, span, shares, TIME: tl.constexpr):
-    """Where a program's chunk begins and ends; it may end before it begins, where there are not so many."""
+    """Where a program's chunk begins, and its steps; none or fewer, where there are not so many chunks."""
     most = tl.num_programs(0) // heads // shares
     _, begin, end, start = chunk_at(chunk // shares, most, offsets, sequences, span)
     return _bounds(begin + start, end, chunk % shares, span, shares, TIME)
@@ -70,9 +72,9 @@ def chunk_kernel(
     """(I + A)^-1 and P = tril(Q K^T) of a chunk; A_sj = beta_s k_s . k_j where j's mini-batch is before s's."""
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
-    begin, end = _place(chunk, heads, offsets, sequences, span, shares, TIME)
+    begin, steps = _place(chunk, heads, offsets, sequences, span, shares, TIME)
     row = tl.arange(0, TIME)
-    inside = row < end - begin
+    inside = row < steps
     keys = _rows(k, begin, row, heads, head, dim_k, tl.arange(0, KEYS), inside)
     rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
     products = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) * rate[:, None]
@@ -111,8 +113,8 @@ def forward_kernel(
     state = tl.load(initial + program * dim_k * dim_v + in_state, mask=state_mask, other=0.0)
     base = state
     for within in range(0, count):
-        begin, end = _bounds(origin, behind, within, span, shares, TIME)
-        inside = row < end - begin
+        begin, steps = _bounds(origin, behind, within, span, shares, TIME)
+        inside = row < steps
         base = tl.where(within % shares == 0, state, base)
         keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
         values = _rows(v, begin, row, heads, head, dim_v, value, inside).to(tl.float32)
@@ -156,8 +158,8 @@ def state_grad_kernel(
     grad_base = tl.zeros((KEYS, VALUES), dtype=tl.float32)
     for step in range(0, count):
         within = count - 1 - step
-        begin, end = _bounds(origin, behind, within, span, shares, TIME)
-        inside = row < end - begin
+        begin, steps = _bounds(origin, behind, within, span, shares, TIME)
+        inside = row < steps
         keys = _rows(k, begin, row, heads, head, dim_k, key, inside)
         grads = _rows(grad_out, begin, row, heads, head, dim_v, value, inside)
         number = (first + within) * heads + head  # int64, as the bounds of the loop are
@@ -192,11 +194,11 @@ def grad_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     chunk, head = program // heads, program % heads
-    begin, end = _place(chunk, heads, offsets, sequences, span, shares, TIME)
+    begin, steps = _place(chunk, heads, offsets, sequences, span, shares, TIME)
     block = tl.program_id(1).to(tl.int64)
     row, key = tl.arange(0, TIME), block * KEYS + tl.arange(0, KEYS)
-    inside = row < end - begin
-    first = row < tl.where(block == 0, end - begin, 0)
+    inside = row < steps
+    first = row < tl.where(block == 0, steps, 0)
     rate = tl.load(beta + begin * heads + head + row * heads, mask=inside, other=0.0)
     dq = tl.zeros((TIME, KEYS), dtype=tl.float32)
     dk = tl.zeros((TIME, KEYS), dtype=tl.float32)
@@ -207,7 +209,7 @@ def grad_kernel(
     for start in range(0, dim_v, VALUES):
         value = start + tl.arange(0, VALUES)
         # nothing was stored for the chunks that are too many
-        mask = (key < tl.where(begin < end, dim_k, 0))[:, None] & (value < dim_v)[None, :]
+        mask = (key < tl.where(steps > 0, dim_k, 0))[:, None] & (value < dim_v)[None, :]
         in_state = program * dim_k * dim_v + key[:, None] * dim_v + value[None, :]
         grads = _rows(grad_out, begin, row, heads, head, dim_v, value, inside)
         values = _rows(v, begin, row, heads, head, dim_v, value, first).to(tl.float32)
@@ -260,13 +262,21 @@ def _values(dtype: torch.dtype) -> int:
     return VALUES if dtype.itemsize == 2 else VALUES // 2
 
 
-def _warps(keys: int) -> int:
-    return 4 if keys == KEYS[0] else 8
+# in half precision on Hopper, with 4 warps: the fastest on an H100
+STAGES = {chunk_kernel: 1, forward_kernel: 3, state_grad_kernel: 3, grad_kernel: 3}
 
 
-def _sizes(dim_k: int) -> dict[str, Any]:
-    keys = _keys(dim_k)
-    return {"PRECISION": _precision(), "TIME": TIME, "KEYS": keys, "num_warps": _warps(keys), "num_stages": 1}
+def _options(kernel: Any, dtype: torch.dtype, keys: int, hopper: bool) -> dict[str, int]:
+    """Warps and stages; elsewhere as few warps as spill nothing."""
+    if dtype.itemsize == 2 and hopper:
+        return {"num_warps": 4, "num_stages": STAGES[kernel]}
+    return {"num_warps": 4 if keys == KEYS[0] or kernel is grad_kernel else 8, "num_stages": 1}
+
+
+def _sizes(kernel: Any, q: Tensor) -> dict[str, Any]:
+    keys = _keys(q.shape[2])
+    sizes = {"PRECISION": _precision(), "TIME": TIME, "KEYS": min(keys, BLOCK) if kernel is grad_kernel else keys}
+    return {**sizes, **_options(kernel, q.dtype, keys, is_hopper(q.device))}
 
 
 def _cut(mini_batch: int) -> tuple[int, int]:
@@ -285,7 +295,7 @@ def _per_chunk(
     scores = torch.empty_like(inverses, dtype=k.dtype)
     chunk_kernel[(most * heads,)](
         q, k, beta, offsets, inverses, scores, sequences, heads, dim_k, min(mini_batch, TIME), span, shares,
-        **_sizes(dim_k),
+        **_sizes(chunk_kernel, k),
     )  # fmt: skip
     return inverses, scores
 
@@ -298,7 +308,7 @@ def delta_rule(given: Inputs, offsets: Tensor, mini_batch: int, chunk_size: int)
     out, final = torch.empty_like(v), torch.empty_like(initial)
     forward_kernel[(initial.shape[0] * heads, triton.cdiv(dim_v, width))](
         q, k, v, beta, *systems, initial, offsets, out, final, None, None, None, heads, dim_k, dim_v,
-        *_cut(mini_batch), STORE=False, VALUES=width, **_sizes(dim_k),
+        *_cut(mini_batch), STORE=False, VALUES=width, **_sizes(forward_kernel, q),
     )  # fmt: skip
     return out, final
 
@@ -318,19 +328,19 @@ def delta_rule_backward(
     blocks = triton.cdiv(dim_k, block)
     grads = [torch.empty_like(x) for x in (q, k, v, beta, initial)]
     grads[3] = beta.new_empty((blocks, tokens, heads))
-    grid, sizes = (initial.shape[0] * heads, triton.cdiv(dim_v, width)), _sizes(dim_k)
+    grid = (initial.shape[0] * heads, triton.cdiv(dim_v, width))
     forward_kernel[grid](
         q, k, v, beta, *systems, initial, offsets, None, torch.empty_like(initial), states, bases, updates,
-        heads, dim_k, dim_v, *_cut(mini_batch), STORE=True, VALUES=width, **sizes,
+        heads, dim_k, dim_v, *_cut(mini_batch), STORE=True, VALUES=width, **_sizes(forward_kernel, q),
     )  # fmt: skip
     state_grad_kernel[grid](
         grad_out, grad_final, q, k, beta, *systems, offsets, grad_states, rights, grads[4],
-        heads, dim_k, dim_v, *_cut(mini_batch), VALUES=width, **sizes,
+        heads, dim_k, dim_v, *_cut(mini_batch), VALUES=width, **_sizes(state_grad_kernel, q),
     )  # fmt: skip
     grad_kernel[(most * heads, blocks)](
         grad_out, q, k, v, beta, offsets, states, bases, updates, grad_states, rights,
         *grads[:4], tokens, len(initial), heads, dim_k, dim_v, min(mini_batch, TIME), *_cut(mini_batch), VALUES=THIN,
-        **{**sizes, "KEYS": block, "num_warps": 4},
+        **_sizes(grad_kernel, q),
     )  # fmt: skip
     grads[3] = grads[3].sum(0)
     return [grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)]
@@ -353,18 +363,22 @@ def launches() -> list[Launch]:
                 (state_grad_kernel, {"VALUES": _values(dtype)}, ()),
                 (grad_kernel, {"KEYS": min(keys, BLOCK), "VALUES": THIN}, ()),
             )
-            found += [
-                Launch(
+            half = dtype.itemsize == 2
+            for (kernel, constants, absent), hopper in product(kernels, (False, True) if half else (False,)):
+                options = _options(kernel, dtype, keys, hopper)
+                launch = Launch(
                     kernel,
                     {**shape, **constants},
                     dtype,
                     states=states,
                     scalars=("tokens", "sequences", "heads", "dim_k", "dim_v", "mini_batch", "span", "shares"),
                     absent=absent,
-                    warps=4 if kernel is grad_kernel else _warps(keys),
+                    warps=options["num_warps"],
+                    stages=options["num_stages"],
                     label=f"{keys} {precision}" + (" states" if constants.get("STORE") else ""),
                     matmul=dtype != torch.float32,
+                    chips=chips(hopper, half),
+                    spills=MEASURED_SPILLS if hopper else 0,
                 )
-                for kernel, constants, absent in kernels
-            ]
+                found.append(launch)
     return found

@@ -12,6 +12,7 @@ are those of ``README.md``. Every matrix product is a `tl.dot`. In float32 it is
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.backends import is_hopper
 from mlreviews_kernels.chunks_gpu import chunk_at, first_row, rows
 from mlreviews_kernels.ssd.reference import Inputs
-from mlreviews_kernels.static import Launch
+from mlreviews_kernels.static import MEASURED_SPILLS, Launch, chips
 
 LONGEST, SHORTEST = 64, 16  # steps of a chunk: the one or the other; tl.dot takes no fewer than 16
 WIDEST = 64  # columns of a tile
@@ -268,8 +270,16 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _warps(tiles: _Tiles) -> int:
-    return 8 if tiles.dim == WIDEST else 4
+# in half precision on Hopper, with 4 warps: the fastest on an H100
+STAGES = {added_kernel: 2, output_kernel: 2, grad_x_kernel: 3, grad_bc_kernel: 3}
+
+
+def _options(kernel: Any, tiles: _Tiles, hopper: bool) -> dict[str, int]:
+    """Warps and stages; elsewhere as few warps as spill nothing."""
+    half = tiles.dim == WIDEST
+    if half and hopper:
+        return {"num_warps": 4, "num_stages": STAGES[kernel]}
+    return {"num_warps": 8 if half else 4, "num_stages": 1}
 
 
 def _borders(
@@ -285,7 +295,7 @@ def _borders(
     added_kernel[grid](
         x, log_a, B, offsets, states, wholes, sequences, heads, B.shape[1], dim, state,
         FROM_START=reverse, PRECISION=_precision(), TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
-        num_warps=_warps(tiles), num_stages=1,
+        **_options(added_kernel, tiles, is_hopper(x.device)),
     )  # fmt: skip
     pass_kernel[(sequences * heads, triton.cdiv(state * dim, PASSED))](
         states, wholes, initial, offsets, final, heads, state * dim, tiles.time,
@@ -304,7 +314,7 @@ def ssd(given: Inputs, offsets: Tensor, chunk_size: int) -> tuple[Tensor, Tensor
     output_kernel[(len(states) * heads, triton.cdiv(dim, tiles.dim))](
         x, log_a, B, C, D, offsets, states, y, len(initial), heads, B.shape[1], dim, B.shape[2],
         PRECISION=_precision(), TIME=tiles.time, DIM=tiles.dim, STATE=tiles.state,
-        num_warps=_warps(tiles), num_stages=1,
+        **_options(output_kernel, tiles, is_hopper(x.device)),
     )  # fmt: skip
     return y, final
 
@@ -328,13 +338,13 @@ def ssd_backward(
         grad_y, x, log_a, B, C, D, offsets, states, grad_states,
         grad_x, grad_log_a, grad_D, tokens, len(initial), heads, groups, dim, state,
         PRECISION=_precision(), TIME=tiles.time, DIM=NARROW, STATE=NARROW,
-        num_warps=_warps(tiles), num_stages=1,
+        **_options(grad_x_kernel, tiles, is_hopper(x.device)),
     )  # fmt: skip
     grad_bc_kernel[(len(states) * groups * splits, triton.cdiv(state, NARROW))](
         grad_y, x, log_a, B, C, offsets, states, grad_states, grad_B, grad_C,
         tokens, len(initial), heads, groups, dim, state, splits,
         PRECISION=_precision(), HEADS=HEADS, TIME=tiles.time, DIM=THIN, STATE=NARROW,
-        num_warps=_warps(tiles), num_stages=1,
+        **_options(grad_bc_kernel, tiles, is_hopper(x.device)),
     )  # fmt: skip
     log_a_grad = grad_log_a.sum(0).masked_fill_(torch.isneginf(log_a), 0.0)
     grads = (grad_x, log_a_grad, grad_B.sum(0), grad_C.sum(0), grad_initial, grad_D.sum((0, 2)))
@@ -357,13 +367,15 @@ def launches() -> list[Launch]:
         for chunk in (SHORTEST, LONGEST):
             tiles = _tiles(chunk, dtype)
             shape = {"TIME": tiles.time, "DIM": tiles.dim, "STATE": tiles.state, "PRECISION": precision}
-            kernels: tuple[tuple[Any, dict[str, Any], int], ...] = (
-                (added_kernel, {"FROM_START": True}, _warps(tiles)),
-                (output_kernel, {}, _warps(tiles)),
-                (grad_x_kernel, {"DIM": NARROW, "STATE": NARROW}, _warps(tiles)),
-                (grad_bc_kernel, {"HEADS": HEADS, "DIM": THIN, "STATE": NARROW}, _warps(tiles)),
-            )
-            for kernel, constants, warps in kernels:
+            kernels: dict[Any, dict[str, Any]] = {
+                added_kernel: {"FROM_START": True},
+                output_kernel: {},
+                grad_x_kernel: {"DIM": NARROW, "STATE": NARROW},
+                grad_bc_kernel: {"HEADS": HEADS, "DIM": THIN, "STATE": NARROW},
+            }
+            half = dtype.itemsize == 2
+            for (kernel, constants), hopper in product(kernels.items(), (False, True) if half else (False,)):
+                options = _options(kernel, tiles, hopper)
                 found.append(
                     Launch(
                         kernel,
@@ -371,9 +383,12 @@ def launches() -> list[Launch]:
                         dtype,
                         states=(*states, "grad_B", "grad_C"),
                         scalars=sizes,
-                        warps=warps,
+                        warps=options["num_warps"],
+                        stages=options["num_stages"],
                         label=f"{tiles.time}x{tiles.dim}x{tiles.state} {precision}",
                         matmul=dtype != torch.float32,
+                        chips=chips(hopper, half),
+                        spills=MEASURED_SPILLS if hopper else 0,
                     )
                 )
     for reverse in (False, True):
