@@ -30,8 +30,14 @@ LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _log1p_unit(e):
-    """log(1 + e) for 0 <= e <= 1 without cancellation: 2 artanh(s) with s = e / (2 + e)."""
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log(1 + e) with e = exp(-|x|), without cancellation: 2 artanh(s) with s = e / (2 + e)."""
+    e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)
     q = s * s
     p = 0.11612164
@@ -39,17 +45,7 @@ def _log1p_unit(e):
     p = p * q + 0.14296179
     p = p * q + 0.19999853
     p = p * q + 0.33333334
-    return 2.0 * s + 2.0 * s * q * p
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + _log1p_unit(tl.exp(-tl.abs(x)))
+    return tl.maximum(x, 0.0) + 2.0 * s + 2.0 * s * q * p
 
 
 @triton.jit
@@ -94,20 +90,25 @@ def _load_channels(pointer, channel, inside):
 
 
 @triton.jit
-def _before(mask, step, length):
-    """The mask, or nothing if the step isn't before the end."""
-    return mask & (
-        tl.full(mask.shape, step, tl.int32) < length
-    )  # numbers: the interpreter can't broadcast truth values
-
-
-@triton.jit
 def _load_steps(pointer, first, length, channel, inside, channels, ROWS: tl.constexpr):
     """A tuple of ``[channels]``, one for each of so many steps of a chunk from the first on; zeros past the end."""
     rows = ()
     for t in tl.static_range(ROWS):
-        found = tl.load(pointer + (first + t) * channels + channel, mask=_before(inside, first + t, length), other=0.0)
+        known = tl.full(inside.shape, first + t, tl.int32) < length  # the interpreter can't broadcast truth values
+        found = tl.load(pointer + (first + t) * channels + channel, mask=inside & known, other=0.0)
         rows += (found.to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def _load_matrices(pointer, first, length, group, groups, states, ROWS: tl.constexpr, STATES: tl.constexpr):
+    """The B or C of so many steps, a tuple of ``[1, state]``; zeros past the end."""
+    n = tl.arange(0, STATES)
+    rows = ()
+    for t in tl.static_range(ROWS):
+        known = (n < states) & (tl.full(n.shape, first + t, tl.int32) < length)
+        found = tl.load(pointer + ((first + t) * groups + group) * states + n, mask=known, other=0.0)
+        rows += (found.to(tl.float32)[None, :],)
     return rows
 
 
@@ -130,14 +131,6 @@ def _gated(grads, gates, ROWS: tl.constexpr):
     for t in tl.static_range(ROWS):
         rows += (grads[t] * gates[t] * _sigmoid(gates[t]),)
     return rows
-
-
-@triton.jit
-def _load_matrix(pointer, step, length, group, groups, states, STATES: tl.constexpr):
-    """A step's B or C, ``[1, state]``; zeros past the end."""
-    n = tl.arange(0, STATES)
-    at = (step * groups + group) * states + n
-    return tl.load(pointer + at, mask=_before(n < states, step, length), other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -177,9 +170,9 @@ def end_kernel(
         raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
         u = _load_steps(u_in, first, length, channel, inside, channels, ROWS)
         delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        B = _load_matrices(B_in, first, length, group, groups, states, ROWS, STATES)
         for t in tl.static_range(ROWS):
-            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
-            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B[t]
             span += delta[t]
     tl.store(ends + row * size + at_state, state, mask=in_state)
     tl.store(spans + row * channels + channel, span, mask=inside)
@@ -215,13 +208,14 @@ def carry_kernel(
         added, decays = (), ()
         for k in tl.static_range(ROWS):
             chunk = (chunks - 1 - first - k) if REVERSE else (first + k)
-            mask = _before(inside, first + k, chunks)
+            mask = inside & (tl.full(inside.shape, first + k, tl.int32) < chunks)
             added += (tl.load(ends + (row + chunk) * size + at, mask=mask, other=0.0),)
             span = tl.load(spans + (row + chunk) * channels + at // states, mask=mask, other=0.0)
             decays += (tl.exp2(span * rate),)
         for k in tl.static_range(ROWS):
             chunk = (chunks - 1 - first - k) if REVERSE else (first + k)
-            tl.store(borders + (row + chunk) * size + at, state, mask=_before(inside, first + k, chunks))
+            mask = inside & (tl.full(inside.shape, first + k, tl.int32) < chunks)
+            tl.store(borders + (row + chunk) * size + at, state, mask=mask)
             state = decays[k] * state + added[k]
     tl.store(final + sequence * size + at, state, mask=inside)
 
@@ -264,24 +258,25 @@ def output_kernel(
     group, channel, inside, at_state, in_state = _channels_of(block, channels, groups, states, blocks, COLUMNS, STATES)
     rate = tl.load(A_in + at_state, mask=in_state, other=0.0) * LOG2E
     bias, skip = _load_channels(bias_in, channel, inside), _load_channels(D_in, channel, inside)
-    state = tl.load(borders + row * size + at_state, mask=_before(in_state, 0, length), other=0.0)
+    state = tl.load(borders + row * size + at_state, mask=in_state, other=0.0)
     for first in range(0, length, ROWS):
         raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
         u = _load_steps(u_in, first, length, channel, inside, channels, ROWS)
         if z_in is not None:
             z = _load_steps(z_in, first, length, channel, inside, channels, ROWS)
         delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        B = _load_matrices(B_in, first, length, group, groups, states, ROWS, STATES)
+        C = _load_matrices(C_in, first, length, group, groups, states, ROWS, STATES)
         outputs = ()
         for t in tl.static_range(ROWS):
-            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
-            C = _load_matrix(C_in, first + t, length, group, groups, states, STATES)
-            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
-            outputs += (tl.sum(state * C, axis=1) + skip * u[t],)
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B[t]
+            outputs += (tl.sum(state * C[t], axis=1) + skip * u[t],)
         if z_in is not None:
             outputs = _gated(outputs, z, ROWS)
         for t in tl.static_range(ROWS):
             at = (first + t) * channels + channel
-            tl.store(y_out + at, outputs[t].to(y_out.dtype.element_ty), mask=_before(inside, first + t, length))
+            mask = inside & (tl.full(inside.shape, first + t, tl.int32) < length)
+            tl.store(y_out + at, outputs[t].to(y_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -328,9 +323,11 @@ def flow_kernel(
         if z_in is not None:
             gy = _gated(gy, _load_steps(z_in, first, length, channel, inside, channels, ROWS), ROWS)
         delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        C = _load_matrices(C_in, first, length, group, groups, states, ROWS, STATES)
         for back in tl.static_range(ROWS):
-            C = _load_matrix(C_in, first + ROWS - 1 - back, length, group, groups, states, STATES)
-            grad = tl.exp2(delta[ROWS - 1 - back][:, None] * rate) * (grad + gy[ROWS - 1 - back][:, None] * C)
+            grad = tl.exp2(delta[ROWS - 1 - back][:, None] * rate) * (
+                grad + gy[ROWS - 1 - back][:, None] * C[ROWS - 1 - back]
+            )
             span += delta[ROWS - 1 - back]
     tl.store(ends + row * size + at_state, grad, mask=in_state)
     tl.store(spans + row * channels + channel, span, mask=inside)
@@ -395,9 +392,8 @@ def grad_kernel(
     n = tl.arange(0, STATES)
     rate = tl.load(A_in + at_state, mask=in_state, other=0.0) * LOG2E
     bias, skip = _load_channels(bias_in, channel, inside), _load_channels(D_in, channel, inside)
-    used = _before(in_state, 0, length)
-    state = tl.load(borders + row * size + at_state, mask=used, other=0.0)
-    flow = tl.load(flows + row * size + at_state, mask=used, other=0.0)
+    state = tl.load(borders + row * size + at_state, mask=in_state, other=0.0)
+    flow = tl.load(flows + row * size + at_state, mask=in_state, other=0.0)
     tiles = (length + ROWS - 1) // ROWS
     number = tl.arange(0, CHUNK // ROWS)[:, None, None]
     kept = tl.zeros([CHUNK // ROWS, COLUMNS, STATES], tl.float32) + state[None, :, :]
@@ -406,9 +402,9 @@ def grad_kernel(
         raw = _load_steps(delta_in, first, length, channel, inside, channels, ROWS)
         u = _load_steps(u_in, first, length, channel, inside, channels, ROWS)
         delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
+        B = _load_matrices(B_in, first, length, group, groups, states, ROWS, STATES)
         for t in tl.static_range(ROWS):
-            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
-            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B[t]
         kept = tl.where(number == tile, state[None, :, :], kept)
     sum_A = tl.zeros([COLUMNS, STATES], tl.float32)
     sum_D = tl.zeros([COLUMNS], tl.float32)
@@ -420,43 +416,43 @@ def grad_kernel(
         gy = _load_steps(grad_y, first, length, channel, inside, channels, ROWS)
         delta = _step_sizes(raw, first, length, bias, SOFTPLUS, ROWS)
         state = tl.sum(tl.where(number == tiles - 1 - k, kept, 0.0), axis=0)
+        B = _load_matrices(B_in, first, length, group, groups, states, ROWS, STATES)
         before = ()
         for t in tl.static_range(ROWS):
             before += (state,)
-            B = _load_matrix(B_in, first + t, length, group, groups, states, STATES)
-            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B
+            state = tl.exp2(delta[t][:, None] * rate) * state + (delta[t] * u[t])[:, None] * B[t]
         tl.debug_barrier()  # B is loaded again, out of the cache: there are no registers to keep it in
+        B = _load_matrices(B_in, first, length, group, groups, states, ROWS, STATES)
+        C = _load_matrices(C_in, first, length, group, groups, states, ROWS, STATES)
         if z_in is not None:
             z = _load_steps(z_in, first, length, channel, inside, channels, ROWS)
-        # what is stored of a step waits in the step's row of a tile, for one exchange between threads
-        rows_u = tl.zeros([COLUMNS, STATES], tl.float32)
-        rows_delta = tl.zeros([COLUMNS, STATES], tl.float32)
-        rows_z = tl.zeros([COLUMNS, STATES], tl.float32)
+        # what is stored of the steps waits in columns and rows of tiles, for one exchange between threads
+        columns = tl.zeros([COLUMNS, STATES], tl.float32)  # of u, then of delta, then of z
         rows_B = tl.zeros([COLUMNS // ROWS, ROWS, STATES], tl.float32)
         rows_C = tl.zeros([COLUMNS // ROWS, ROWS, STATES], tl.float32)
         for back in tl.static_range(ROWS):
             one, grad_out, step = u[ROWS - 1 - back], gy[ROWS - 1 - back], delta[ROWS - 1 - back]
-            B = _load_matrix(B_in, first + ROWS - 1 - back, length, group, groups, states, STATES)
-            C = _load_matrix(C_in, first + ROWS - 1 - back, length, group, groups, states, STATES)
+            B_now, C_now = B[ROWS - 1 - back], C[ROWS - 1 - back]
             decay = tl.exp2(step[:, None] * rate)
             old = decay * before[ROWS - 1 - back]
-            h = old + (step * one)[:, None] * B
-            own = n[None, :] == ROWS - 1 - back
+            h = old + (step * one)[:, None] * B_now
+            column = n[None, :] - (ROWS - 1 - back)
             if z_in is not None:
                 gate = z[ROWS - 1 - back]
                 share = _sigmoid(gate)
-                y = tl.sum(h * C, axis=1) + skip * one
-                rows_z = tl.where(own, (grad_out * y * share * (1.0 + gate * (1.0 - share)))[:, None], rows_z)
+                y = tl.sum(h * C_now, axis=1) + skip * one
+                of_gate = grad_out * y * share * (1.0 + gate * (1.0 - share))
+                columns = tl.where(column == 2 * ROWS, of_gate[:, None], columns)
                 grad_out *= gate * share
-            g = flow + grad_out[:, None] * C
+            g = flow + grad_out[:, None] * C_now
             x = g * old  # the gradient of delta A
-            entering = tl.sum(g * B, axis=1)
+            entering = tl.sum(g * B_now, axis=1)
             of_step = tl.sum(x * rate, axis=1) * LN2 + entering * one
             if SOFTPLUS:
                 of_step *= _slope(step)
             of_step = tl.where(first + ROWS - 1 - back < length, of_step, 0.0)
-            rows_delta = tl.where(own, of_step[:, None], rows_delta)
-            rows_u = tl.where(own, (entering * step + skip * grad_out)[:, None], rows_u)
+            columns = tl.where(column == ROWS, of_step[:, None], columns)
+            columns = tl.where(column == 0, (entering * step + skip * grad_out)[:, None], columns)
             # sums over so many neighbouring channels as there are rows
             own = tl.arange(0, ROWS)[None, :, None] == ROWS - 1 - back
             few_B = tl.reshape(g * (step * one)[:, None], [COLUMNS // ROWS, ROWS, STATES])
@@ -467,13 +463,14 @@ def grad_kernel(
             sum_D += grad_out * one
             sum_bias += of_step
             flow = g * decay
-        step = first + n
+        step = n % ROWS + first
         at = step[None, :] * channels + channel[:, None]
-        mask = inside[:, None] & (n[None, :] < ROWS) & (step[None, :] < length)
-        tl.store(of_u + at, rows_u.to(of_u.dtype.element_ty), mask=mask)
-        tl.store(of_delta + at, rows_delta.to(of_delta.dtype.element_ty), mask=mask)
+        mask = inside[:, None] & (step < length)[None, :]
+        part = n[None, :] // ROWS
+        tl.store(of_u + at, columns.to(of_u.dtype.element_ty), mask=mask & (part == 0))
+        tl.store(of_delta + at, columns.to(of_delta.dtype.element_ty), mask=mask & (part == 1))
         if z_in is not None:
-            tl.store(of_z + at, rows_z.to(of_z.dtype.element_ty), mask=mask)
+            tl.store(of_z + at, columns.to(of_z.dtype.element_ty), mask=mask & (part == 2))
         step = first + tl.arange(0, ROWS)
         at = step[:, None] * states + n[None, :]
         mask = (step < length)[:, None] & (n < states)[None, :]
@@ -544,7 +541,7 @@ def _scan(given: Inputs, offsets: Tensor, delta_softplus: bool) -> tuple[Tensor,
     y, final = torch.empty_like(u), torch.empty_like(initial)
     borders, ends = (initial.new_empty(rows, channels, states) for _ in range(2))
     spans = initial.new_empty(rows, channels)
-    constants = constants_for(channels // groups, states, delta_softplus, ROWS, COLUMNS)
+    constants = constants_for(channels // groups, states, delta_softplus)
     blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
     sizes = (sequences, channels, groups, states, blocks)
     grid = rows, groups * blocks
@@ -568,14 +565,14 @@ def _scan_backward(
     ends, flows, of_A = (torch.empty_like(borders) for _ in range(3))
     spans = initial.new_empty(rows, channels)
     of_state = torch.empty_like(initial)
-    constants = constants_for(channels // groups, states, delta_softplus, ROWS, COLUMNS)
+    constants = constants_for(channels // groups, states, delta_softplus)
     blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
     flow_kernel[rows, groups * blocks](
         grad_y, delta, A, C, z, delta_bias, offsets, ends, spans,
         sequences, channels, groups, states, blocks, **constants, num_warps=WARPS,
     )  # fmt: skip
     _carry(A, grad_final, ends, spans, offsets, flows, of_state, reverse=True)
-    constants = constants_for(channels // groups, states, delta_softplus, GRAD_ROWS, GRAD_COLUMNS)
+    constants = constants_for(channels // groups, states, delta_softplus, grad=True)
     blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
     of_u, of_delta = torch.empty_like(u), torch.empty_like(delta)
     of_B, of_C = (initial.new_empty(groups, blocks, tokens, states) for _ in range(2))
@@ -614,13 +611,15 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def constants_for(channels: int, states: int, softplus: bool, rows: int, columns: int) -> dict[str, Any]:
-    """Compile-time arguments for this many channels in a group, at most so many of them in a program.
+def constants_for(channels: int, states: int, softplus: bool, *, grad: bool = False) -> dict[str, Any]:
+    """Compile-time arguments for this many channels in a group.
 
-    In `grad_kernel` a tile of a program's channels and states has a row, and a column, for each of the steps.
+    In `grad_kernel` a program's tile of channels and states must have a row, and three columns, for each of the steps.
     """
-    columns = max(rows, min(triton.next_power_of_2(channels), columns))
-    wide = max(rows, triton.next_power_of_2(states))
+    rows, columns = (GRAD_ROWS, GRAD_COLUMNS) if grad else (ROWS, COLUMNS)
+    columns, wide = min(triton.next_power_of_2(channels), columns), triton.next_power_of_2(states)
+    if grad:
+        columns, wide = max(columns, rows), max(wide, 4 * rows)
     return {"SOFTPLUS": softplus, "CHUNK": CHUNK, "ROWS": rows, "COLUMNS": columns, "STATES": wide}
 
 
@@ -629,8 +628,7 @@ def launches() -> list[Launch]:
     scalars = ("sequences", "channels", "groups", "states", "blocks", "tokens")
     fixed = ("A_in", "D_in", "bias_in", "initial", "final", "borders", "ends", "spans", "flows")
     sums = ("of_A", "of_B", "of_C", "of_D", "of_bias")
-    one = constants_for(1536, WIDEST, True, ROWS, COLUMNS)
-    grad = constants_for(1536, WIDEST, True, GRAD_ROWS, GRAD_COLUMNS)
+    one, grad = (constants_for(1536, WIDEST, True, grad=grad) for grad in (False, True))
     carry = {"REVERSE": True, "CHUNK": CHUNK, "ROWS": ROWS, "WIDTH": WIDTH}
     found = [
         Launch(
