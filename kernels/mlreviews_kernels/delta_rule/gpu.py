@@ -192,8 +192,8 @@ def grad_kernel(
     dbeta is a sum over keys, of which each block stores its part: with R W_base^T in place of K W_base, keys of other
     blocks are not needed. What has no axis of keys is for the first block.
     """
+    chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     program = tl.program_id(0).to(tl.int64)
-    chunk, head = program // heads, program % heads
     begin, steps = _place(chunk, heads, offsets, sequences, span, shares, TIME)
     block = tl.program_id(1).to(tl.int64)
     row, key = tl.arange(0, TIME), block * KEYS + tl.arange(0, KEYS)
