@@ -624,7 +624,7 @@ def constants_for(channels: int, states: int, softplus: bool, *, grad: bool = Fa
 
 
 def launches() -> list[Launch]:
-    """Every configuration at the largest number of states, for the static analysis; fewer take no more registers."""
+    """Every configuration at the largest number of states, for the static analysis."""
     scalars = ("sequences", "channels", "groups", "states", "blocks", "tokens")
     fixed = ("A_in", "D_in", "bias_in", "initial", "final", "borders", "ends", "spans", "flows")
     sums = ("of_A", "of_B", "of_C", "of_D", "of_bias")
