@@ -166,7 +166,7 @@ def report(
     for m in measurements:
         spread = f"{min(m.seconds):.2g}-{max(m.seconds):.2g}"
         memory = "" if m.peak_mib is None else f"{m.peak_mib:.0f} MiB"
-        notes = [f"{m.notes[key]:.2g}" if key in m.notes else "" for key in reference.notes]
+        notes = [_number(m.notes[key]) if key in m.notes else "" for key in reference.notes]
         table.add_row(m.name, f"{m.median:.3g} s", spread, f"{m.median / reference.median:.2f}", memory, *notes)
     console = Console()
     console.print(table)
@@ -215,6 +215,11 @@ def _row(measurement: Measurement) -> dict[str, Any]:
         "peak_mib": None if measurement.peak_mib is None else _rounded(measurement.peak_mib),
         **{key: _rounded(value) for key, value in measurement.notes.items()},
     }
+
+
+def _number(value: float) -> str:
+    """With three digits; errors, which are small, as a power of ten."""
+    return f"{value:.3g}" if value == 0 or not abs(value) < 1e-3 else f"{value:.0e}"
 
 
 def _rounded(value: float) -> float | None:

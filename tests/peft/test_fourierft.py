@@ -110,6 +110,16 @@ def test_many_coefficients_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(whole, blocks)
 
 
+def test_the_matrix_of_2048_by_2048_is_right_too() -> None:
+    """MKL's complex transform in two dimensions is wrong at just this size with several threads (pytorch #169670)."""
+    places = torch.randint(2048, (2, 50), generator=torch.Generator().manual_seed(0))
+    coefficients = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    found = fourier_delta_weight(coefficients, places, 2048, 2048, 1.0)
+    x = torch.zeros(1, 2048)
+    x[0, 7] = 1.0
+    torch.testing.assert_close(found[:, 7], fourier_product(x, coefficients, places, 2048, 1.0)[0], rtol=0, atol=1e-9)
+
+
 def test_one_coefficient_at_frequency_0_is_a_constant() -> None:
     found = fourier_delta_weight(torch.tensor([3.0]), torch.tensor([[0], [0]]), 4, 5, 10.0)
     torch.testing.assert_close(found, torch.full((4, 5), 3 * 10 / 20))
