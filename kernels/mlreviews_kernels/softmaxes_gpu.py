@@ -415,15 +415,19 @@ def _options(
         side = step = max(16, SIDE // 4) if exact else SIDE // 2
     if double and kernel is grad_kv_kernel and not half and (exact or width == WIDEST):
         side = step
+    if not double and kernel is forward_kernel and width == WIDEST and exact:
+        side = step
+    if kernel is grad_kv_kernel and width == (64 if double else 32) and not half and not exact:
+        step = side
     by_keys = kernel is grad_kv_kernel or (not half and kernel is delta_kernel)
     sizes = {"ROWS": step, "KEYS": side} if by_keys else {"ROWS": side, "KEYS": step}
     few = (width == WIDEST and kernel is forward_kernel and not half) or (width == 32 and not exact)
     return {**shape, **sizes, "num_warps": 4 if few and not double else 8, "num_stages": 1}
 
 
-def _spills(kernel: Any, double: bool, dtype: torch.dtype, precision: str) -> int:
-    """On sm_80 ptxas stops at 80 registers of the 255 that it has, whatever the tiles."""
-    return 24 if double and kernel is grad_kv_kernel and dtype == torch.float32 and precision == "ieee" else 0
+def _spills(kernel: Any, dtype: torch.dtype, precision: str) -> int:
+    """On sm_80 ptxas stops at 80 or 128 registers of the 255 that it has, whatever the tiles."""
+    return 24 if kernel is grad_kv_kernel and dtype == torch.float32 and precision == "ieee" else 0
 
 
 def _has_measured_tiles(dtype: torch.dtype, width: int, double: bool, pairs: bool) -> bool:
@@ -575,7 +579,7 @@ def launches(*, double: bool) -> list[Launch]:
                         warps=warps, wavefronts=WAVEFRONTS if double else warps, stages=stages,
                         label=f"{width} {precision}" + (" masked" if mask else ""), matmul=dtype != torch.float32,
                         chips=chips(hopper, measured),
-                        spills=MEASURED_SPILLS if hopper else _spills(kernel, double, dtype, precision),
+                        spills=MEASURED_SPILLS if hopper else _spills(kernel, dtype, precision),
                     )
                 )  # fmt: skip
     return found

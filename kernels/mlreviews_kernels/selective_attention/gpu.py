@@ -319,6 +319,8 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, measur
         step = max(16, side // 2) if width == WIDEST or exact else side
         if kernel is grad_kv_kernel:  # it holds four tiles
             step = max(16, side // (4 if width == WIDEST else 2))
+        if exact and width == WIDEST and kernel in (grad_selection_kernel, grad_kv_kernel):
+            side = max(16, side // 2)
         if kernel is select_kernel:
             few = True
         elif kernel is select_backward_kernel:
