@@ -479,3 +479,21 @@ def test_bad_arguments_are_named() -> None:
         layer.set_active({"default": float("inf")})
     with pytest.raises(ValueError, match="without an adapter"):
         LoRALinear(layer)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_is_that_with_the_changed_weight(kind: type[nn.Module], groups: int) -> None:
+    """By the definition: W + alpha / rank B A in place of W, B A taken entry by entry."""
+    base = _conv(kind, groups=groups).double()
+    layer = _perturbed(LoRAConv(copy.deepcopy(base), 3, 5.0))
+    a, b = (getattr(layer, f"lora_{name}")["default"].detach() for name in "AB")
+    change = torch.einsum("or,r...->o...", b.flatten(1), a.flatten(1)).view_as(base.weight)
+    with torch.no_grad():
+        base.weight.add_(change, alpha=5 / 3)
+    x = _random(2, 4, 9) if kind is nn.Conv1d else _random(*IMAGE)
+    torch.testing.assert_close(layer(x.double()), base(x.double()))
+
+
+def test_plain_scaling_is_the_default() -> None:
+    assert LoRASettings() == LoRASettings(rank=8, alpha=16.0, dropout=0.0, rslora=False, dora=False)
