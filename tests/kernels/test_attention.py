@@ -19,6 +19,7 @@ from mlreviews_kernels import BackendError, softmaxes, use_backend
 from mlreviews_kernels.attention import attention, merge_attention
 from mlreviews_kernels.backends import Choice
 from mlreviews_kernels.compiled import without_compiled_code
+from mlreviews_kernels.differential_attention import differential_attention
 
 gpu = importlib.import_module("mlreviews_kernels.softmaxes_gpu")
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")  # that it compiles is a test of its own
@@ -528,3 +529,26 @@ def test_dtypes_of_merging_are_checked() -> None:
         merge_attention([out, out], [lse, lse.double()])
     with pytest.raises(TypeError, match=r"^outs\[0\]: expected float32"):
         merge_attention([out.int()], [lse])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, -0.4), (torch.float32, 0.0), (torch.float16, -0.4)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_scales_of_any_sign_and_whole_tiles_in_triton(count: int, dtype: torch.dtype, scale: float) -> None:
+    """The kernels take a positive scale; in half precision, tiles that are seen whole have a loop without masks."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, 40, 2, 8, generator=generator).to(dtype) for _ in range(5)]
+
+    def run(backend: str, wide: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(wide, copy=True).requires_grad_() for x in drawn[: 2 * count + 1]]
+        with use_backend(backend):
+            if count == 1:
+                out = attention(*leaves, scale=scale)[0]
+            else:
+                out = differential_attention(*leaves, 0.5, scale=scale)
+            out.sin().sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
+
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-9
+    for found, expected in zip(run("triton", dtype), run("reference", torch.float64), strict=True):
+        largest = max(expected.abs().max().item(), 1e-3)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * largest)
