@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import textwrap
 import tokenize
 import warnings
@@ -20,8 +21,17 @@ __all__ = ["brackets_balance", "line_parses", "line_tokenises", "shortness", "to
 Reward = Callable[[str, str], float]
 
 _PAIRS = {")": "(", "]": "[", "}": "{"}
-# What makes a line that only continues a statement a whole one.
-_BEFORE = {"elif": "if x:\n pass\n", "else": "if x:\n pass\n", "except": "try:\n pass\n", "finally": "try:\n pass\n"}
+# What stands before and after a line that is only a part of a statement, by its first word.
+_AROUND = {
+    "elif": ("if x:\n pass\n", ""),
+    "else": ("if x:\n pass\n", ""),
+    "try": ("", "\nfinally:\n pass"),
+    "except": ("try:\n pass\n", ""),
+    "finally": ("try:\n pass\n", ""),
+    "match": ("", "\n case x:\n  pass"),
+    "case": ("match x:\n ", ""),
+    "@": ("", "\ndef f(): pass"),
+}
 
 
 def completed_line(prompt: str, completion: str) -> str:
@@ -43,10 +53,8 @@ def line_tokenises(prompt: str, completion: str) -> float:
         for token in tokenize.generate_tokens(io.StringIO(line + "\n").readline):
             if token.type == tokenize.ERRORTOKEN:
                 return 0.0
-    except tokenize.TokenError as error:
-        return 1.0 if "multi-line statement" in str(error) else 0.0
-    except SyntaxError:
-        return 0.0
+    except (tokenize.TokenError, SyntaxError) as error:
+        return float("multi-line statement" in str(error))
     return 1.0
 
 
@@ -60,13 +68,8 @@ def line_parses(prompt: str, completion: str) -> float:
     line = textwrap.dedent(completed_line(prompt, completion)).rstrip()
     if not line or line.lstrip().startswith("#"):
         return float(bool(line))
-    candidates = [line, f"{line}\n pass", f"{line}\ndef f(): pass"]  # the last one for decorators
-    first = line.partition(" ")[0].partition(":")[0]
-    if first in _BEFORE:
-        candidates.append(f"{_BEFORE[first]}{line}\n pass")
-    if first == "case":
-        candidates.append(f"match x:\n {line}\n  pass")
-    return float(any(map(_parses, candidates)))
+    before, after = _AROUND.get(re.findall(r"^@|^\w*", line)[0], ("", ""))
+    return float(any(_parses(text) for text in (line, before + line + after, f"{before}{line}\n  pass{after}")))
 
 
 def _parses(text: str) -> bool:
