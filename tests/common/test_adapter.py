@@ -153,6 +153,7 @@ def test_merging_a_model_is_all_or_nothing() -> None:
     with pytest.raises(RuntimeError, match="merged already"):
         merge(model)
     assert all(adapter.merged for adapter in adapters(model).values())
+    assert list(trainable_parameters(model)) == ["block.q.scale", "block.aq.scale"]
 
 
 def test_eject_keeps_the_change_on_request() -> None:
@@ -244,8 +245,8 @@ class TestFiles:
     def _targets(self, folder: Path, targets: str | list[str]) -> object:
         model = _model()
         inject(model, targets, lambda path, base: Scaled(base))
-        save_adapter(model, folder / "new", name="mine")
-        return json.loads((folder / "new" / "adapter_config.json").read_text())["target_modules"]
+        save_adapter(model, folder / "new" / "one", name="mine")
+        return json.loads((folder / "new" / "one" / "adapter_config.json").read_text())["target_modules"]
 
     def test_layers_are_named_by_the_end_of_their_paths_where_that_says_which(self, tmp_path: Path) -> None:
         assert self._targets(tmp_path, [r".*q"]) == ["aq", "q"]
@@ -255,7 +256,7 @@ class TestFiles:
 
     def test_names_and_tensors_arrive(self, tmp_path: Path) -> None:
         self._targets(tmp_path, "q")
-        assert load_adapter(_model(), tmp_path / "new", name="yours") == ["mine", "yours", "q.scale"]
+        assert load_adapter(_model(), tmp_path / "new" / "one", name="yours") == ["mine", "yours", "q.scale"]
 
     def test_kinds_are_not_mixed(self, tmp_path: Path) -> None:
         model = _model()

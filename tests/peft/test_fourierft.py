@@ -216,6 +216,13 @@ def test_places_have_the_probabilities_of_the_band_pass(f_c: float) -> None:
     assert bool(((counts / draws - probability).abs() <= 4.5 * deviation + 1e-12).all())
 
 
+def test_a_narrow_band_holds_the_places_at_its_distance_alone() -> None:
+    """The sums of two squares that are 25 come first: 0 and 5, 3 and 4, with either sign and in either order."""
+    u, v = gaussian_bandpass_entries(20, 31, 12, 5.0, 0.05, generator=_rng())
+    found = {(int(a) - 20 * int(a > 10), int(b) - 31 * int(b > 15)) for a, b in zip(u, v, strict=True)}
+    assert found == {(a, b) for a in range(-5, 6) for b in range(-5, 6) if a * a + b * b == 25}
+
+
 def test_a_layer_with_a_favoured_frequency() -> None:
     near, far = (_layer(10, 40, 40, f_c=f_c, bandwidth=2.0).entries for f_c in (1.0, 18.0))
     distance = [torch.minimum(e, 40 - e).double().square().sum(0).sqrt() for e in (near, far)]

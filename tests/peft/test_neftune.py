@@ -19,7 +19,7 @@ CONTRACT = {"neftune_noise": lambda: Sample(neftune_noise, (_random(2, 5, 3),))}
 
 
 class TestNoise:
-    @pytest.mark.parametrize("alpha", [5.0, 12.0])
+    @pytest.mark.parametrize("alpha", [1.0, 5.0, 12.0])
     def test_is_that_of_transformers(self, alpha: float) -> None:
         embedding, ids = nn.Embedding(11, 6), torch.arange(21).reshape(3, 7) % 11
         embedding.neftune_noise_alpha = alpha

@@ -101,6 +101,12 @@ class TestClusters:
         clusters.update(torch.full((3, 3), 10.0))  # near the third centre only
         assert torch.equal(clusters.centres[:2], still[:2])
         assert not torch.equal(clusters.centres[2], still[2])
+        own, before, spread = torch.full((1, 3), 11.0), clusters.centres[2].clone(), clusters.variances[2].clone()
+        clusters.update(own)  # one input alone
+        torch.testing.assert_close(clusters.centres[2], 0.8 * before + 0.2 * own[0])
+        torch.testing.assert_close(
+            clusters.variances[2], 0.8 * spread + 0.2 * (own[0] - before) ** 2, rtol=1e-4, atol=0
+        )
         for _ in range(60):
             clusters.update(h)
         torch.testing.assert_close(clusters.centres, torch.stack([h[near == k].mean(0) for k in range(3)]))

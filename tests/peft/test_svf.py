@@ -190,6 +190,8 @@ class TestCrossEntropyMethod:
         calls = []
         cem_search(lambda alpha: calls.append(1) or 0.0, 2, generator=_rng())
         assert len(calls) == 32 * 20
+        explicit = {"population": 32, "elite": 6, "iterations": 20, "deviation": 0.5}
+        assert torch.equal(cem_search(_goal, 3, generator=_rng()), cem_search(_goal, 3, **explicit, generator=_rng()))
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:

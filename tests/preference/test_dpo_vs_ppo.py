@@ -65,6 +65,18 @@ class TestAdvantages:
         torch.testing.assert_close(rlhf_advantages(reward, values, MASK)[0], normalise_advantages(plain[0], MASK))
         torch.testing.assert_close(rlhf_advantages(reward, values, MASK)[1], plain[1])
         assert (normalise_advantages(torch.full_like(raw, 0.5), MASK) == 0).all()
+        assert normalise_advantages(raw[1:2], MASK[1:2] & (torch.arange(5) == 3)).tolist() == [[0.0] * 5]
+        deviation = float(raw[MASK].std(correction=0))
+        torch.testing.assert_close(normalise_advantages(raw, MASK, eps=2 * deviation), found / 3)
+
+    def test_nothing_is_learnt_through_rewards_and_advantages(self) -> None:
+        old, ref, values = (_random(4, 5, seed=i).requires_grad_() for i in range(3))
+        reward = token_rewards(_random(4), old, ref, MASK, beta=0.3)
+        assert not reward.requires_grad
+        found = rlhf_advantages(reward, values, MASK)
+        assert not any(x.requires_grad for x in found)
+        for ours, wanted in zip(found, rlhf_advantages(reward, values, MASK, gamma=1.0, lam=0.95), strict=True):
+            assert torch.equal(ours, wanted)
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
@@ -90,11 +102,13 @@ class TestLoss:
         torch.testing.assert_close(loss, policy.loss + 0.3 * fit)
         torch.testing.assert_close(stats["policy_loss"] + 0.3 * stats["value_loss"], loss.detach())
         assert torch.equal(stats["clip_fraction"], policy.stats["clip_fraction"])
+        assert not any(x.requires_grad for x in stats.values())
         parts = [
             ppo_rlhf_loss(*(x[i] for x in (logp, old, values, values_old, adv, ret)), MASK[i], normaliser=10).loss
             for i in (slice(2), slice(2, 4))
         ]
         whole = ppo_rlhf_loss(logp, old, values, values_old, adv, ret, MASK).loss
+        torch.testing.assert_close(whole, policy.loss + 0.5 * fit)
         for ours, theirs in zip(
             torch.autograd.grad(sum(parts), (logp, values)), torch.autograd.grad(whole, (logp, values)), strict=True
         ):

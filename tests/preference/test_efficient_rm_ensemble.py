@@ -140,7 +140,9 @@ class TestLoRA:
         assert sum(p.numel() for p in _trained(model)) == 3 * (2 * (4 + 5) + 6 + 1)
         assert isinstance(model.backbone.outer, nn.Linear)
         assert not model.backbone.outer.weight.requires_grad
-        assert len(LoRARewardEnsemble(Backbone(), 6, "inner").backbone.inner.lora_A) == 5
+        inner = LoRARewardEnsemble(Backbone(), 6, "inner").backbone.inner
+        assert inner.lora_A.shape == (5, 8, 4)
+        assert inner.scaling == 2
 
 
 def test_mean_minus_variance() -> None:

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlreviews.preference import linear_sequence_logps, linear_token_logps, sequence_logps, shifted, token_logps
+from mlreviews.preference import (
+    linear_sequence_logps,
+    linear_token_logps,
+    logps,
+    sequence_logps,
+    shifted,
+    token_logps,
+)
 
 VOCAB, DIM = 23, 5
 
@@ -115,6 +122,43 @@ def test_an_answer_without_tokens_has_logp_0_and_no_gradient(average: bool) -> N
         assert torch.autograd.grad(found.sum(), hidden)[0][1].abs().max() == 0
 
 
+def test_an_answer_of_one_token_has_its_logp_as_its_average() -> None:
+    hidden, weight, _ = head(batch=1, time=1)
+    label, mask = torch.tensor([[VOCAB - 1]]), torch.tensor([[True]])
+    wanted = (hidden[0] @ weight.mT).log_softmax(-1)[:, -1]
+    torch.testing.assert_close(sequence_logps(hidden @ weight.mT, label, mask, average=True), wanted)
+    torch.testing.assert_close(linear_sequence_logps(hidden, weight, label, mask, average=True), wanted)
+
+
+def test_no_rows_have_no_logps() -> None:
+    hidden, weight, _ = head(batch=0)
+    labels = torch.empty(0, 7, dtype=torch.int64)
+    assert token_logps(hidden @ weight.mT, labels).shape == (0, 7)
+    assert linear_sequence_logps(hidden, weight, labels, labels.bool()).shape == (0,)
+
+
+@pytest.mark.parametrize(("entries", "words"), [(1, 256), (21 * 300, 300), (21 * 301 - 1, 300), (2**21, 640)])
+def test_a_tile_has_its_entries_and_256_words_at_least(
+    monkeypatch: pytest.MonkeyPatch, entries: int, words: int
+) -> None:
+    widths: list[int] = []
+
+    def tiles(*args):  # type: ignore[no-untyped-def]
+        for tile in made(*args):
+            widths.append(tile[2].shape[1])
+            yield tile
+
+    made = logps._tiles
+    monkeypatch.setattr(logps, "TILE", entries)
+    monkeypatch.setattr(logps, "_tiles", tiles)
+    hidden, _, _ = head()
+    weight = torch.randn(640, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels, mask = torch.zeros(3, 7, dtype=torch.int64), torch.ones(3, 7, dtype=torch.bool)
+    linear_token_logps(hidden, weight, labels, mask)
+    assert max(widths) == words
+    assert sum(widths) == 640
+
+
 def test_what_padding_holds_and_on_which_side_it_is_never_matters() -> None:
     """Masked positions are not even computed: their states may be NaN."""
     hidden, weight, _ = head()
@@ -170,6 +214,8 @@ def test_bad_input_is_named() -> None:
         token_logps(logits, labels)
     with pytest.raises(ValueError, match=r"labels: .*\[0, 23\).* to 23"):
         linear_token_logps(hidden, weight, labels.clamp(min=0) + 1, mask)
+    with pytest.raises(ValueError, match=r"labels: .*\[0, 23\).* got 23 to 23"):
+        token_logps(logits[:1, :1], torch.tensor([[VOCAB]]))
     with pytest.raises(ValueError, match=r"labels: .*as logits has"):
         sequence_logps(logits[:, 1:], labels, mask)
     with pytest.raises(ValueError, match="weight"):

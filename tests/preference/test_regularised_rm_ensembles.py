@@ -43,6 +43,8 @@ class TestLoss:
         torch.testing.assert_close(found.losses, expected)
         penalty = bt_reward_loss(chosen, rejected, center=0.3).losses - found.losses
         torch.testing.assert_close(penalty, 0.3 * (chosen + rejected) ** 2)
+        by_default = bt_reward_loss(chosen, rejected).losses - found.losses
+        torch.testing.assert_close(by_default, (chosen + rejected) ** 2 / 100)
 
     def test_of_all_levels_the_one_around_zero_is_best(self) -> None:
         level = torch.linspace(-2, 2, 9, dtype=torch.float64)
@@ -68,6 +70,7 @@ class TestAggregates:
             expected = rewards.numpy().mean(0) - 0.7 * rewards.numpy().std(0)
             np.testing.assert_allclose(mean_minus_std_reward(rewards, 0.7), expected)
             assert torch.equal(mean_minus_std_reward(rewards, 0.0), mean_reward(rewards))
+            np.testing.assert_allclose(mean_minus_std_reward(rewards), rewards.numpy().mean(0) - rewards.numpy().std(0))
 
     @pytest.mark.parametrize("aggregate", AGGREGATES)
     def test_single_members_and_members_that_agree(self, aggregate) -> None:  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 
 import pytest
@@ -250,6 +251,10 @@ class TestTraining:
         assert all((64 * accuracy).is_integer() for accuracy in accuracies)  # eight outputs to a position
         # Five deviations of the difference of two shares of 64 outputs.
         assert accuracies[-1] - accuracies[0] > 5 * (2 * 0.25 / 64) ** 0.5
+
+    def test_defaults_are_the_papers(self) -> None:
+        given = inspect.signature(train_predictions).parameters
+        assert [given[name].default for name in ("group_size", "temperature", "dynamic_from")] == [8, 0.8, 500]
 
     def test_bad_input(self, policy: TinyLM) -> None:
         optimiser = torch.optim.SGD(policy.parameters())

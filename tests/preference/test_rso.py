@@ -77,7 +77,7 @@ def test_distinct_and_free_of_the_rewards_zero() -> None:
     for seed in range(20):
         kept = rejection_sample(REWARDS, 6, 0.5, generator=draw(seed))
         assert sorted(kept.tolist()) == list(range(6))
-        assert torch.equal(kept, rejection_sample(REWARDS + 64, 6, 0.5, generator=draw(seed)))
+        assert torch.equal(kept, rejection_sample(REWARDS + 64, 6, generator=draw(seed)))
 
 
 def test_ranker_rewards_are_log_odds() -> None:

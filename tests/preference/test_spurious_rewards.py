@@ -1,4 +1,5 @@
 import functools
+import inspect
 import itertools
 import math
 
@@ -35,6 +36,7 @@ class TestRewards:
         assert incorrect_reward(answers, gold, 3).tolist() == [0, 1, 1, 0, 1, 1]
         assert incorrect_reward(torch.tensor([7, 7, 7, 2, 4, 2]), torch.tensor([7] * 3 + [2] * 3), 3).tolist() == [
             0, 0, 0, 0, 1, 0]  # fmt: skip
+        assert incorrect_reward(torch.tensor([5, 3, 5, 2, 1, 2]), gold, 3).tolist() == [1, 0, 1, 1, 0, 1]
         assert majority_reward(torch.tensor([9, 4]), 2).tolist() == [0, 1]
 
     def test_right_majorities_are_the_truth(self) -> None:
@@ -130,6 +132,20 @@ class TestBandit:
             for clip in (math.inf, 0.2)
         )
         assert near < 0.5 * (1 / 3 + far)
+
+    def test_the_policies_that_are_given_stay_as_they_are(self) -> None:
+        logits = ARMS.clone().requires_grad_()
+        history = train_bandit(logits, lambda arms: arms.float(), steps=2, group_size=4)
+        assert not history.requires_grad
+        assert torch.equal(logits, ARMS)
+
+    def test_defaults_are_the_papers(self) -> None:
+        given = inspect.signature(train_bandit).parameters
+        names = ("group_size", "epochs", "rate", "clip", "normalise_std")
+        assert [given[name].default for name in names] == [16, 1, 1.0, 0.2, True]
+        assert inspect.signature(random_reward).parameters["p"].default == 0.5
+        ratio = torch.tensor([0.5, 2.0])
+        torch.testing.assert_close(expected_clipped_surrogate(ratio, 1.0), torch.tensor([-0.15, -0.4]))
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:

@@ -70,6 +70,7 @@ def test_what_is_rejected() -> None:
         assert pair.rejected in {pair.demonstrations[0].answer, pair.demonstrations[3].answer}
         assert pair.rejected != pair.chosen
     assert {pair.rejected == pair.demonstrations[0].answer for pair in pairs} == {True, False}
+    assert len({*pairs, *pairs}) > 10  # pairs that say the same are one
 
 
 @pytest.mark.parametrize("make", [symbol_against_word, symbol_against_symbol])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -62,6 +63,7 @@ def test_fine_tuning_and_its_best_of_group() -> None:
     agree(logits, unified_preference_loss(logps, MASK, sft_coefficients(MASK)), -means(logps).mean())
     best = raft_coefficients(REWARDS, MASK, 3)
     agree(logits, unified_preference_loss(logps, MASK, best, normaliser=2.0), -means(logps)[[1, 3]].mean())
+    assert torch.equal(raft_coefficients(REWARDS, MASK, 1), sft_coefficients(MASK).double())
     tied = raft_coefficients(torch.tensor([1.0, 1.0, 0.0, 2.0, 3.0, 3.0]), MASK, 3)
     assert tied.any(1).tolist() == [True, False, False, False, True, False]
 
@@ -132,6 +134,12 @@ def test_dpo_lets_go_of_pairs_that_it_has_won() -> None:
     far = torch.tensor([900, 0, -900, -900, 0, 900], dtype=torch.float64)
     weights = dpo_coefficients(far, torch.zeros_like(far), MASK, beta=0.1)[:3, 0] / LENGTHS[:3]
     assert weights.tolist() == pytest.approx([0, 0.05, 0.1], abs=1e-12)
+
+
+def test_defaults_are_those_of_the_methods() -> None:
+    coefficients = ppo_coefficients, grpo_coefficients, dpo_coefficients, ipo_coefficients
+    found = [inspect.signature(made).parameters for made in coefficients]
+    assert [list(given.values())[-1].default for given in found] == [0.2, 0.04, 0.1, 0.1]
 
 
 def test_coefficients_are_0_outside_the_answers_and_have_no_gradient() -> None:

@@ -188,8 +188,7 @@ class Adapter(nn.Module):
 
     def own_state(self) -> dict[str, Tensor]:
         """The state of the adapter alone, without the layer's."""
-        state = self.state_dict()
-        return {name: x for name, x in state.items() if name != "unmerged_weight" and not name.startswith("base.")}
+        return {name: x for name, x in self.state_dict().items() if _is_own(name)}
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

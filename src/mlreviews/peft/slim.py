@@ -164,7 +164,7 @@ class SlidingClusters(nn.Module):
         """
         if not self.training:
             return
-        h = h.detach().to(self.centres.dtype)
+        h = h.to(self.centres.dtype)
         # Without branches on values: a graph can be captured, and no value goes to the host.
         places = torch.linspace(0, len(h) - 1, len(self.centres), device=h.device).long()
         spread = h.var(0, correction=0).clamp(min=1e-6).expand_as(self.variances)

@@ -101,7 +101,7 @@ def rejection_sample(
         raise ValueError(f"num_samples: expected at most the {len(rewards)} candidates, got {num_samples}")
     if not beta >= 0:
         raise ValueError(f"beta: expected at least 0, got {beta}")
-    exact = rewards.double()
+    exact = rewards.double().cpu()
     left = torch.arange(len(rewards))
     accepted: list[int] = []
     while len(accepted) < num_samples:

@@ -264,7 +264,7 @@ def _margins(policy_logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float)
     _check_rewards(mask, policy_logps=policy_logps)
     check_group_size(2, len(policy_logps))
     check_number("beta", beta, above=0.0)
-    chosen, rejected = (policy_logps - ref_logps).detach().chunk(2)
+    chosen, rejected = (policy_logps - ref_logps).chunk(2)
     return chosen - rejected
 
 
