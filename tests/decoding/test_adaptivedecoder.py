@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlreviews.decoding.adaptivedecoder import (
     TEMPERATURES,
@@ -103,6 +103,13 @@ def test_the_joint_loss_counts_temperatures_as_tokens() -> None:
     closed = torch.log1p(torch.exp(-0.4 * (tau_c - tau_r)))
     torch.testing.assert_close(lpo_temperature_loss(tau_c, tau_r, beta=0.4), closed)
     assert float(lpo_temperature_loss(tau_c, tau_c)[0]) == pytest.approx(math.log(2))
+    closed = torch.log1p(torch.exp(-0.1 * (tau_c - tau_r)))  # beta is 0.1 unless it is given
+    for found in (
+        lpo_temperature_loss(tau_c, tau_r),
+        lpo_marginal_loss(tau_c, tau_r, chosen, chosen),
+        lpo_joint_loss(tau_c, tau_r, chosen, chosen, rejected, rejected),
+    ):
+        torch.testing.assert_close(found, closed)
 
 
 def test_pairs_are_the_best_and_the_worst_of_prompts_whose_answers_differ() -> None:
@@ -144,6 +151,15 @@ def test_is_a_model_at_the_chosen_temperatures(level: str) -> None:
     assert torch.equal(kept.temperature, out.cache.temperature)
     found = generate(adaptive, ids, 6, sampler=Sampler(temperature=1.0), generator=_rng())
     assert found.tokens.shape == (3, 6)
+
+
+def test_the_network_has_three_layers_with_silu() -> None:
+    assert [round(5 * t, 9) for t in TEMPERATURES] == [0, 1, 2, 3, 4, 5]
+    decoder, h = AdaptiveDecoder(4, hidden=3, generator=_rng()), torch.randn(2, 5, 4, generator=_rng(1))
+    a, b, c = decoder.layers
+    peer = nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c, nn.Softmax(-1))
+    torch.testing.assert_close(decoder(h).exp(), peer(h))
+    assert [layer.weight.shape for layer in AdaptiveDecoder(4).layers] == [(4, 4), (4, 4), (6, 4)]
 
 
 def test_cold_sequences_are_greedy() -> None:

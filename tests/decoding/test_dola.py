@@ -156,6 +156,7 @@ def test_buckets_are_the_paper_s() -> None:
     assert candidate_layers(80, "low") == list(range(0, 20, 2))
     assert candidate_layers(32, "low", tied=True) == list(range(2, 16, 2))
     assert candidate_layers(6, "high") == [4]
+    assert candidate_layers(42, "low") == list(range(0, 14, 2))  # two buckets would have 21 layers
     assert DoLa(_model(tied=True), "low").early_logits((torch.zeros(1, 1, 12).double(),) * 7).shape[0] == 1
     assert DoLa(_model(tied=False), "low").early_logits((torch.zeros(1, 1, 12).double(),) * 7).shape[0] == 2
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from mlreviews.decoding import EagleDraft, draw_children, eagle, eagle_generate, eagle_loss, verify_tree
 from mlreviews.decoding.eagle import EAGLE_TREE, EagleDrafter
@@ -229,6 +231,7 @@ def test_rows_that_accept_different_numbers_stay_apart() -> None:
     assert len({tuple(column) for column in found.accepted.T.tolist()}) == 3
     assert int(found.drafted.max()) == 25
     assert (found.accepted < 0).equal(found.drafted < 0)
+    assert int(found.accepted.min()) == int(found.drafted.min()) == -1
     # every token but the first of a row is an accepted one or the one behind these, which a row's end may cut off
     steps = (found.accepted >= 0).sum(0)
     assert set((1 + steps + found.accepted.clamp(min=0).sum(0) - found.lengths).tolist()) <= {0, 1}
@@ -264,6 +267,37 @@ def test_a_draft_is_what_each_branch_by_itself_gives() -> None:
         above[[0, node]] = False
         assert torch.equal(found.tokens[:, node], guesses(found.tokens[:, above])[:, path[-1]])
     assert found.tokens[:, 0].tolist() == [4, 2]
+
+
+def test_the_layer_is_llamas_without_its_first_norm() -> None:
+    config = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=10,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        rms_norm_eps=0.03,
+        attn_implementation="eager",
+    )
+    peer = LlamaDecoderLayer(config, 0).double().eval()
+    peer.input_layernorm = nn.Identity()
+    draft = EagleDraft(24, 3, kv_heads=1, hidden=10, norm_eps=0.03, generator=_rng()).double()
+    draft.post_attention_layernorm.weight.data.copy_(torch.rand(24, generator=_rng(3)))
+    weights = draft.state_dict()
+    parts = weights["qkv_proj.weight"].split([24, 8, 8])
+    renamed = {f"self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
+    renamed["self_attn.o_proj.weight"] = weights["o_proj.weight"]
+    renamed["mlp.gate_proj.weight"], renamed["mlp.up_proj.weight"] = weights["gate_up_proj.weight"].split(10)
+    renamed |= {f"mlp.{name}": weights[name] for name in ("down_proj.weight",)}
+    renamed["post_attention_layernorm.weight"] = weights["post_attention_layernorm.weight"]
+    peer.load_state_dict(renamed)
+    features, embeddings = (3 * torch.randn(2, 5, 24, generator=_rng(i), dtype=torch.float64) for i in (1, 2))
+    positions = torch.tensor([[0, 1, 2, 3, 4], [40, 41, 45, 60, 90]])
+    x = nn.functional.linear(torch.cat([embeddings, features], -1), draft.fc.weight, draft.fc.bias)
+    ahead = torch.full((5, 5), -math.inf, dtype=torch.float64).triu(1)
+    turns = LlamaRotaryEmbedding(config)(x, positions)
+    expected = peer(x, attention_mask=ahead.expand(2, 1, 5, 5), position_embeddings=turns)
+    found, _ = draft(features, embeddings, positions=positions)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # angles are in float32
 
 
 def test_padding_is_not_seen() -> None:

@@ -152,6 +152,7 @@ def test_bad_input_is_named() -> None:
     for name in ("top_k", "depth", "total_tokens"):
         with pytest.raises(ValueError, match=name):
             eagle2_generate(_model(), _draft(), _prompt(), 3, **{name: 0})  # type: ignore[arg-type]
+    assert DynamicDraftTree(_model(), _draft()).top_k == VOCAB  # no more children than there are tokens
     with pytest.raises(ValueError, match="m: expected"):
         rerank_tree(torch.zeros(1, 3), torch.tensor([[-1, 0, 0]]), 0)
     with pytest.raises(ValueError, match="draft: expected features of size 12"):

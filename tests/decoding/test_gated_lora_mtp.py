@@ -90,6 +90,28 @@ def test_reduces_to_linear() -> None:
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
+def test_sizes_and_scales_where_none_are_given() -> None:
+    assert GatedLoRALinear(nn.Linear(3, 4), 5).scale == 1.0
+    model = TinyLM(TinyLMConfig(vocab_size=VOCAB, d_model=64, layers=1, heads=2, hidden=16), generator=_rng())
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(7)
+    lm = MaskTokenLM(model, generator=_rng(1))
+    masks = lm.embed_tokens(torch.arange(VOCAB, VOCAB + lm.k)).detach()
+    assert masks.shape == (8, 64)
+    # they are spread as the model's own embeddings are: 512 numbers know it to 1 / sqrt(2 * 512)
+    assert abs(float(masks.std() / model.embed_tokens.weight.detach().std()) - 1) < 4 / 32
+    ranks = {p.shape[0] for name, p in lm.named_parameters() if name.endswith("lora_A")}
+    assert ranks == {16}
+
+
+def test_the_head_is_two_layers_and_reads_the_token_before_first() -> None:
+    head = MTPSampler(6, 9, generator=_rng())
+    previous, z = (torch.randn(2, 3, 6, generator=_rng(i)) for i in (1, 2))
+    (a, b), (one, other) = head.layers, head.norms
+    peer = nn.Sequential(a, nn.SiLU(), one, b, nn.SiLU(), other, head.out)
+    torch.testing.assert_close(head(z, previous), peer(torch.cat([previous, z], -1)))
+
+
 def test_real_tokens_see_the_frozen_model_to_the_bit_before_and_after_training() -> None:
     model, ids = _model(), _ids(4, 8)
     lm, head = MaskTokenLM(model, 3, rank=2, generator=_rng()), MTPSampler(12, VOCAB, generator=_rng(1))

@@ -232,6 +232,16 @@ def test_the_prompt_s_n_grams_help_from_the_start() -> None:
     assert torch.equal(lookahead_decode(model, padded, 25, mask=mask, **options).tokens, found.tokens)
 
 
+def test_defaults_are_15_columns_5_grams_and_15_guesses() -> None:
+    table = torch.zeros(22, 21, 21)
+    table[..., 0] = 9.0  # 0 follows whatever came
+    prompt = torch.tensor([[0, *(token for first in range(1, 21) for token in (0, first, 7, 7, 7))]])
+    for options, guesses in (({}, 15), ({"prompt_ngrams": False}, 0)):
+        found = lookahead_decode(TableLM(table), prompt, 30, **options)  # type: ignore[arg-type]
+        assert found.drafted is not None
+        assert int(found.drafted[0, 0]) == 4 * guesses + (5 - 1) * 15
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_named() -> None:
     model, ids = TableLM.random(4, 0), torch.tensor([[1]])

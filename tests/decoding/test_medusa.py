@@ -67,6 +67,14 @@ def test_every_head_starts_as_the_models_own() -> None:
     )
 
 
+def test_heads_of_no_model_are_drawn_evenly_around_0() -> None:
+    weight = MedusaHeads(16, 50, generator=_rng()).head.detach()
+    assert weight.shape == (5, 50, 16)
+    assert 0.249 < float(weight.max()) <= 0.25  # 1 / sqrt(16)
+    assert -0.25 <= float(weight.min()) < -0.249
+    assert abs(float(weight.mean())) < 4 * 0.25 / math.sqrt(3 * weight.numel())
+
+
 def test_heads_are_a_residual_layer_and_a_matrix_each() -> None:
     heads, hidden = _heads(), torch.randn(2, 3, WIDTH, generator=_rng(2), dtype=torch.float64)
     found = heads(hidden)
@@ -129,11 +137,12 @@ def _cycle() -> tuple[TableLM, MedusaHeads]:
 @pytest.mark.parametrize("typical", [None, TypicalAcceptance()])
 def test_heads_that_are_right_give_all_their_tokens_in_each_pass(typical: TypicalAcceptance | None) -> None:
     model, heads = _cycle()
-    found = medusa_generate(model, heads, torch.tensor([[2]]), 21, tree=RankTree.chain(4), typical=typical)
-    assert found.tokens[0].tolist() == [(3 + i) % VOCAB for i in range(21)]
-    assert found.target_calls == 5  # 1 token after the prompt, and 5 in each pass
+    found = medusa_generate(model, heads, torch.tensor([[2]]), 23, tree=RankTree.chain(4), typical=typical)
+    assert found.tokens[0].tolist() == [(3 + i) % VOCAB for i in range(23)]
+    assert found.target_calls == 6  # 1 token after the prompt, 5 in each pass, and the 2 that are left
     assert found.accepted is not None
-    assert found.accepted[:, 0].tolist() == [4, 4, 4, 4]
+    assert found.drafted is not None
+    assert found.accepted[:, 0].tolist() == found.drafted[:, 0].tolist() == [4, 4, 4, 4, 1]
 
 
 def test_the_threshold_of_certain_and_of_uniform_distributions() -> None:
@@ -143,6 +152,7 @@ def test_the_threshold_of_certain_and_of_uniform_distributions() -> None:
     assert float(typical_threshold(uniform, 0.2, 0.4)) == pytest.approx(0.4 / 8)
     assert typical_threshold(certain).tolist() == [0.09]
     assert float(typical_threshold(uniform)) == pytest.approx(0.3 / 8)
+    assert TypicalAcceptance() == TypicalAcceptance(0.09, 0.3, 1.0)
     half = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
     assert float(typical_threshold(half, 1.0, 1.0)) == pytest.approx(2**-1.5)
 

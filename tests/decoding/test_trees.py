@@ -120,7 +120,7 @@ def test_each_node_sees_its_own_branch() -> None:
 
 
 def test_drafters_are_saved_with_their_tree(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("drafter") / "new"
+    folder = tmp_path_factory.mktemp("drafter") / "new" / "deeper"
     heads = MedusaHeads(4, 7, 3, generator=torch.Generator().manual_seed(0))
     heads.tree = RankTree([(0,), (1,), (1, 0)])
     heads.save(folder)

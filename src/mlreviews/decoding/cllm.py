@@ -23,14 +23,15 @@ Symbols:
 
 Defaults:
     n: 16 tokens (the paper trains with 16 to 256).
-    ar_weight: 10 (from memory of the training script; not confirmed).
+    ar_weight: 10 (the authors' code).
     loss: global, which the paper finds to be better than local.
 
 Deviations:
     1. Means over the tokens, where the paper's equations sum and the authors' code takes the mean of those tokens that
        come after the first wrong one. Those before have no divergence.
     2. The divergence is the forward one, as the authors' soft cross-entropy is up to the teacher's entropy.
-    3. Answers that repeat themselves or end early are not filtered here.
+    3. The loss on the end is the plain cross-entropy; the authors' code smooths its labels by 0.1.
+    4. Answers that repeat themselves or end early are not filtered here.
 
 Reduces to:
     next-token training: without the consistency loss, `autoregressive_loss` is the cross-entropy on y*.

@@ -34,6 +34,7 @@ Deviations:
     3. The window begins with tokens of the prompt in all levels; n-grams are taken from it when all levels but the
        first have been computed.
     4. The window moves on by one place in each pass, however many tokens were taken, as in the authors' code.
+    5. The prompt's n-grams begin with its second token, the first that follows one.
 
 Reduces to:
     plain decoding: without guesses, and where the window is never right.
