@@ -18,6 +18,10 @@ def test_interleaved_is_multiplication_by_a_unit_complex_number() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_base_is_ten_thousand() -> None:
+    torch.testing.assert_close(rotary_angles(torch.tensor([1000, -3]), 4), torch.tensor([[1000, 10], [-3, -0.03]]))
+
+
 def test_layouts_differ_by_the_known_permutation() -> None:
     x, angles = _x(), rotary_angles(torch.arange(TIME), DIM)
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # entry of the half-split form at each place of the interleaved

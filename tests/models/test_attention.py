@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mlreviews.common.rotary import apply_rotary, rotary_angles
 from mlreviews.models import CausalAttention, KVCache
+from mlreviews.models.attention import FEW_KEYS
 
 DIM, HEADS, KV_HEADS, BATCH, TIME = 12, 6, 3, 2, 7
 
@@ -42,6 +43,32 @@ def test_is_what_torch_computes_from_the_same_projections(rope_base: float | Non
     y, cache = layer(x)
     torch.testing.assert_close(y, out.transpose(1, 2).flatten(2) @ layer.o_proj.weight.T)
     torch.testing.assert_close(cache, KVCache(k, v))
+
+
+@pytest.mark.parametrize("gradients", [True, False])  # without them, few queries take another path
+@pytest.mark.parametrize("given", [None, [5, 0, 7, 7, 2]])
+def test_positions_turn_pairs_of_entries_by_powers_of_the_base(given: list[int] | None, gradients: bool) -> None:
+    layer = CausalAttention(24, 3, kv_heads=1, rope_base=50.0, generator=_rng()).double()
+    x, places = torch.randn(2, 5, 24, dtype=torch.float64, generator=_rng(1)), range(5) if given is None else given
+    turn = torch.tensor([[complex(0, t * 50.0 ** (-i / 4)) for i in range(4)] for t in places]).exp()
+    q, k, v = ((x @ p.weight.T).unflatten(2, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = (torch.complex(*t.chunk(2, -1)) * turn[:, None] for t in (q, k))
+    scores = torch.einsum("bihd,bjd->bhij", q, k[:, :, 0].conj()).real / 8**0.5
+    weights = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjd->bihd", weights, v[:, :, 0]).flatten(2) @ layer.o_proj.weight.T
+    with torch.set_grad_enabled(gradients):
+        found, _ = layer(x, positions=None if given is None else torch.tensor(given))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # angles are in float32
+
+
+def test_the_path_of_few_queries_ends_where_there_are_many_keys() -> None:
+    layer = CausalAttention(4, 1, generator=_rng())
+    x = torch.randn(1, FEW_KEYS + 1, 4, generator=_rng(1))
+    expected, cache = layer(x)
+    for end in (FEW_KEYS - 1, FEW_KEYS, FEW_KEYS + 1):
+        with torch.no_grad():
+            found, _ = layer(x[:, end - 3 : end], cache.crop(end - 3))
+        torch.testing.assert_close(found, expected[:, end - 3 : end])
 
 
 @pytest.mark.parametrize("cut", range(1, TIME))

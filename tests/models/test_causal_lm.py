@@ -4,7 +4,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from mlreviews.models import CausalLM, TinyLM, TinyLMConfig, TransformersLM, from_transformers, load_pretrained
 from mlreviews_kernels.tree_masked_attention import ancestor_mask
@@ -107,6 +116,12 @@ def test_padding_on_the_left_changes_nothing(model: TransformersLM) -> None:
         alone = model(torch.cat([ids[row, start:], ids[row, :2]])[None]).logits[0]
         _close(out.logits[row, start:], alone[:-2])
         _close(after[row], alone[-2:])
+    # a hole after a prompt, with padding before it or without
+    for before, starts in ((out.cache, [0, 4]), (model(ids).cache, [0, 0])):
+        holed = model(ids[:, :2], before, mask=torch.tensor([[True, True], [False, True]])).logits
+        for row, start in enumerate(starts):
+            alone = model(torch.cat([ids[row, start:], ids[row, row:2]])[None]).logits[0]
+            _close(holed[row, row:], alone[TIME - start :])
 
 
 def test_branches_of_a_tree_are_what_they_are_alone(model: TransformersLM) -> None:
@@ -135,9 +150,12 @@ def test_errors() -> None:
     for other in (nn.Linear(2, 3), _peer("llama").model):
         with pytest.raises(TypeError, match="model: expected a causal language model of transformers, got"):
             from_transformers(other)
-    sliding = Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    with pytest.raises(TypeError, match="model: expected layers of full attention alone, got sliding_attention"):
-        from_transformers(Qwen2ForCausalLM(sliding))
+    sliding: Any = Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    whole = MistralConfig(**SIZES, **HEADS, sliding_window=None)
+    for other in (Qwen2ForCausalLM(sliding), MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=4))):
+        with pytest.raises(TypeError, match="model: expected layers of full attention alone, got sliding_attention"):
+            from_transformers(other)
+    assert from_transformers(MistralForCausalLM(whole)).vocab_size == VOCAB
 
 
 def test_shipped_models_and_folders(tmp_path: Path) -> None:

@@ -108,6 +108,12 @@ def test_head_is_the_embedding_unless_classes_are_given() -> None:
     )
 
 
+def test_there_is_no_mlp_unless_asked_for() -> None:
+    assert [len(block.mlp) for block in (*_model().blocks, ResidualBlock(DIM, Decay()))] == [0, 0, 0]
+    norm, first, _, last = ResidualBlock(DIM, Decay(), mlp_ratio=0.1).mlp  # 0.6 of a unit is one
+    assert (norm.weight.shape, first.weight.shape, last.weight.shape) == ((DIM,), (1, DIM), (DIM, 1))
+
+
 def test_the_generator_decides_the_weights() -> None:
     one, same = _model(mlp_ratio=2, classes=5), _model(mlp_ratio=2, classes=5)
     assert all(map(torch.equal, one.parameters(), same.parameters()))

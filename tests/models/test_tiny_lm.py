@@ -53,7 +53,8 @@ class Carrying(CausalAttention):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_is_a_llama(tied: bool) -> None:
-    config = TinyLMConfig(**{**CONFIG.__dict__, "tied": tied})
+    # heads of four entries, for those of two have no base, and an eps that is felt
+    config = TinyLMConfig(**{**CONFIG.__dict__, "tied": tied, "heads": 3, "kv_heads": 1, "norm_eps": 0.03})
     model = _model(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,9 +65,9 @@ def test_is_a_llama(tied: bool) -> None:
             hidden_size=12,
             intermediate_size=20,
             num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-6,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            rms_norm_eps=0.03,
             rope_theta=10000.0,
             tie_word_embeddings=tied,
         )
@@ -78,6 +79,8 @@ def test_is_a_llama(tied: bool) -> None:
     torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)  # its rotary angles are in float32
     assert out.hidden_states is not None
     torch.testing.assert_close(out.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # another path
+        torch.testing.assert_close(model(_ids()).logits, expected.logits, rtol=1e-5, atol=1e-5)
     assert (model.lm_head.weight is model.embed_tokens.weight) == tied
 
 

@@ -255,6 +255,8 @@ def from_transformers(model: Any) -> TransformersLM:
     if config is None or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
+    if not kinds and getattr(config, "sliding_window", None) is not None:  # Mistral's, say, has no types
+        kinds = ("sliding_attention",)
     if other := sorted(set(kinds) - {"full_attention"}):
         raise TypeError(f"model: expected layers of full attention alone, got {', '.join(other)}")
     return TransformersLM(model)
