@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["check_floating", "check_offsets", "check_same", "check_shape", "offsets_of"]
+__all__ = ["check_floating", "check_offsets", "check_same", "check_shape", "check_sizes", "offsets_of"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,6 +37,13 @@ def check_same(name: str, tensor: Tensor, reference: Tensor, *, dtype: bool = Tr
         raise ValueError(f"{name}: expected a tensor on {reference.device}, got one on {tensor.device}")
     if dtype and tensor.dtype != reference.dtype:
         raise TypeError(f"{name}: expected {reference.dtype}, got {tensor.dtype}")
+
+
+def check_sizes(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless ``[batch, time, ...]`` has at least one of everything; there may be no time at all."""
+    batch, _, *rest = tensor.shape
+    if 0 in (batch, *rest):
+        raise ValueError(f"{name}: expected at least 1 along every axis but time, got {tuple(tensor.shape)}")
 
 
 def offsets_of(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:

@@ -407,8 +407,10 @@ def test_bad_arguments_are_named(case: ScanCase) -> None:
             run(case, {**values, name: values[name].double()})
     with pytest.raises(TypeError, match=rf"^{case.tokens[0]}: expected float32"):
         run(case, {**values, case.tokens[0]: values[case.tokens[0]].int()})
-    with pytest.raises(ValueError, match=r"initial_state: expected"):
+    with pytest.raises(ValueError, match=rf"^{case.state}: expected"):
         run(case, {**values, case.state: values[case.state][:1]})
+    with pytest.raises(TypeError, match=rf"^{case.state}: expected float32"):
+        run(case, {**values, case.state: values[case.state].int()})
     with pytest.raises(ValueError, match="cu_seqlens: packed sequences lie in one row"):
         run(case, values, cu_seqlens=torch.tensor([0, 6]))
     one = {name: x[:1] if name in (*case.tokens, case.state) else x for name, x in values.items()}
@@ -420,6 +422,24 @@ def test_bad_arguments_are_named(case: ScanCase) -> None:
         run(case, two, cu_seqlens=torch.tensor([0, 7, 6]))
     with pytest.raises(TypeError, match="cu_seqlens: expected int32 or int64"):
         run(case, one, cu_seqlens=torch.tensor([0.0, 6.0]))
+
+
+@every_case
+def test_nothing_but_time_may_be_empty(case: ScanCase) -> None:
+    # a compiled loop would divide by the size
+    values = convert(inputs(case, 2, 6), torch.float32)
+    with pytest.raises(ValueError, match=rf"^{case.tokens[0]}: expected at least 1 along every axis but time, got \(0"):
+        run(case, {name: x[:0] if name in (*case.tokens, case.state) else x for name, x in values.items()})
+
+
+@every_case
+def test_the_state_of_half_precision_goes_on_in_float32(case: ScanCase) -> None:
+    values = convert(inputs(case, 2, 2 * case.split_every), torch.bfloat16)
+    whole, last = run(case, values)
+    values[case.state] = values[case.state].float()
+    out, final = in_two(case, values, case.split_every)
+    torch.testing.assert_close(out, whole, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(final, last, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "compiled", "vectorised"])

@@ -261,3 +261,10 @@ def test_arguments_of_a_step_are_checked(name: str, value: Tensor, error: type[E
     values["state"] = torch.zeros(2, 2, 3, 4)
     with pytest.raises(error, match=message):
         delta_rule_step(**{**values, name: value})
+
+
+@pytest.mark.parametrize(("heads", "dim_k", "dim_v", "name"), [(0, 3, 4, "q"), (2, 0, 4, "q"), (2, 3, 0, "v")])
+def test_an_empty_axis_is_refused(heads: int, dim_k: int, dim_v: int, name: str) -> None:
+    q, v = torch.zeros(2, 6, heads, dim_k), torch.zeros(2, 6, heads, dim_v)
+    with pytest.raises(ValueError, match=f"^{name}: expected at least 1 along every axis but time"):
+        delta_rule(q, q, v, torch.zeros(2, 6, heads))

@@ -218,6 +218,10 @@ def test_needs_a_time_axis() -> None:
         linear_scan_step(torch.ones(1, 3), torch.ones(1, 3), torch.ones(3))
     with pytest.raises(ValueError, match=r"^b: expected"):
         linear_scan_step(torch.ones(1, 3), torch.ones(3), torch.ones(1, 3))
+    with pytest.raises(TypeError, match=r"^state: expected float32"):  # the factor would be cut off to 0
+        linear_scan_step(torch.full((1, 3), 0.5), torch.ones(1, 3), torch.ones(1, 3).long())
+    with pytest.raises(ValueError, match=r"^state: expected a tensor on cpu"):
+        linear_scan_step(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1, 3, device="meta"))
     # without further axes every row is one number a step
     h, final = linear_scan(torch.ones(2, 3), torch.ones(2, 3))
     assert (h.shape, final.shape) == ((2, 3), (2,))

@@ -267,3 +267,12 @@ def test_arguments_of_a_step_are_checked(name: str, value: Tensor, error: type[E
     values["state"] = values.pop("initial_state")
     with pytest.raises(error, match=message):
         ssd_step(**{**values, name: value})
+
+
+@pytest.mark.parametrize(("heads", "state", "dim", "name"), [(0, 3, 5, "x"), (4, 0, 5, "B"), (4, 3, 0, "x")])
+def test_an_empty_axis_is_refused(heads: int, state: int, dim: int, name: str) -> None:
+    # the compiled form picks its tasks by dividing by these
+    tokens = {"x": torch.zeros(2, 6, heads, dim), "log_a": torch.zeros(2, 6, heads)}
+    tokens |= {key: torch.zeros(2, 6, 2, state) for key in ("B", "C")}
+    with pytest.raises(ValueError, match=f"^{name}: expected at least 1 along every axis but time"):
+        ssd(**tokens)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
+from mlreviews_kernels.arguments import check_floating, check_same, check_shape, check_sizes, offsets_of
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.delta_rule.reference import Inputs
 from mlreviews_kernels.ops import register_scan
@@ -64,6 +64,8 @@ def delta_rule(
         raise ValueError(f"q: expected [batch, time, heads, dim_k], got {tuple(q.shape)}")
     batch, time, heads, dim_k = q.shape
     dim_v = _check(q, k, v, beta, axes="batch, time")
+    check_sizes("q", q)
+    check_sizes("v", v)
     for name, value in (("mini_batch", mini_batch), ("chunk_size", chunk_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
+from mlreviews_kernels.arguments import check_floating, check_same, check_shape, check_sizes, offsets_of
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.linear_scan.reference import Inputs
 from mlreviews_kernels.ops import register_scan
@@ -48,7 +48,9 @@ def linear_scan(
         TypeError: a dtype is none of float32, float64, bfloat16, float16, or they differ.
         BackendError: the backend asked for by name can't be used; Triton not for float64.
     """
-    return _call(torch.ops.mlreviews.linear_scan, ("a", "b"), a, b, initial_state, 0.0, reverse, cu_seqlens)
+    return _call(
+        torch.ops.mlreviews.linear_scan, ("a", "b", "initial_state"), a, b, initial_state, 0.0, reverse, cu_seqlens
+    )
 
 
 def log_linear_scan(
@@ -71,7 +73,7 @@ def log_linear_scan(
     Returns:
         ``log h`` and the logarithm of the final state; dtypes and errors as in `linear_scan`.
     """
-    names = ("log_a", "log_b")
+    names = ("log_a", "log_b", "log_initial_state")
     op = torch.ops.mlreviews.log_linear_scan
     return _call(op, names, log_a, log_b, log_initial_state, float("-inf"), reverse, cu_seqlens)
 
@@ -86,16 +88,22 @@ def linear_scan_step(a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tenso
 
     Returns:
         ``h`` in b's dtype and the new state in the old one's.
+
+    Raises:
+        ValueError: shapes or devices don't go together.
+        TypeError: a dtype is none of float32, float64, bfloat16, float16; they may differ.
     """
-    check_shape("b", b, tuple(a.shape), "[batch, ...]")
-    check_shape("state", state, tuple(a.shape), "[batch, ...]")
+    for name, tensor in (("a", a), ("b", b), ("state", state)):
+        check_shape(name, tensor, tuple(a.shape), "[batch, ...]")
+        check_floating(name, tensor)
+        check_same(name, tensor, a, dtype=False)
     state = torch.addcmul(b.to(state.dtype), a.to(state.dtype), state)
     return state.to(b.dtype), state
 
 
 def _call(
     op: torch._ops.OpOverloadPacket,
-    names: tuple[str, str],
+    names: tuple[str, str, str],
     a: Tensor,
     b: Tensor,
     initial_state: Tensor | None,
@@ -109,15 +117,17 @@ def _call(
         raise ValueError(f"{names[0]}: expected [batch, time, ...], got {tuple(a.shape)}")
     check_shape(names[1], b, tuple(a.shape), f"{names[0]}'s shape")
     check_same(names[1], b, a)
+    check_sizes(names[0], a)
     batch, time, *rest = a.shape
     offsets = offsets_of(batch, time, cu_seqlens, a.device)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = a.new_full((sequences, *rest), empty, dtype=dtype)
-    check_shape("initial_state", initial_state, (sequences, *rest), "[sequences, ...]")
-    check_same("initial_state", initial_state, a, dtype=False)
-    channels = initial_state[0].numel() if sequences else 1
+    check_shape(names[2], initial_state, (sequences, *rest), "[sequences, ...]")
+    check_floating(names[2], initial_state)
+    check_same(names[2], initial_state, a, dtype=False)
+    channels = initial_state[0].numel()
     flat = (batch * time, channels)
     h, final, _ = op(
         a.reshape(flat), b.reshape(flat), initial_state.to(dtype).reshape(sequences, channels), offsets, reverse

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
+from mlreviews_kernels.arguments import check_floating, check_same, check_shape, check_sizes, offsets_of
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.ops import register_scan
 from mlreviews_kernels.selective_scan.reference import Inputs, border_rows, step
@@ -66,6 +66,7 @@ def selective_scan(
     check_floating("u", u)
     if u.ndim != 3:
         raise ValueError(f"u: expected [batch, time, channels], got {tuple(u.shape)}")
+    check_sizes("u", u)
     batch, time, channels = u.shape
     B, C = _check(u, delta, A, B, C, D, z, delta_bias, "[batch, time, channels]")
     offsets = offsets_of(batch, time, cu_seqlens, u.device)

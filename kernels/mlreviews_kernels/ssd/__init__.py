@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlreviews_kernels.arguments import check_floating, check_same, check_shape, offsets_of
+from mlreviews_kernels.arguments import check_floating, check_same, check_shape, check_sizes, offsets_of
 from mlreviews_kernels.backends import Core
 from mlreviews_kernels.ops import register_scan
 from mlreviews_kernels.ssd.reference import Inputs
@@ -58,6 +58,8 @@ def ssd(
         raise ValueError(f"x: expected [batch, time, heads, dim], got {tuple(x.shape)}")
     batch, time, heads, dim = x.shape
     groups, state = _check(x, log_a, B, C, D, axes="batch, time")
+    check_sizes("x", x)
+    check_sizes("B", B)
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     offsets = offsets_of(batch, time, cu_seqlens, x.device)
