@@ -1,8 +1,9 @@
 """Tokens per second of the decoders on the shipped models, against plain decoding and transformers' own.
 
-Every decoder continues the same prompts, held-out lines of Python's standard library, one prompt a row and in turn, so
-that a machine that slows down slows all of them. Given are medians over the prompts. transformers runs the same
-weights, loaded into its Llama.
+Every decoder continues the same prompts, held-out lines of Python's standard library, one after the other and in turn,
+so that a machine that slows down slows all of them; some do it in batches as well. Given are medians over the prompts.
+transformers runs the same weights, loaded into its Llama. The weights of all models are laid out by columns
+(`mlreviews.models.column_major`).
 
 Beside the measured speed-up stands the predicted one, where a draft model makes fixed drafts: (1 - a^(k+1)) / ((1 - a)
 (c k + 1)) with a the mean of sum min(p, q) over the generated text and c the measured cost of a pass of the draft in
@@ -30,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlreviews.datasets import python_source
 from mlreviews.decoding import (
+    Cascade,
     EagleDraft,
     MedusaHeads,
     PromptLookup,
@@ -44,11 +46,14 @@ from mlreviews.decoding import (
     speculative_generate,
 )
 from mlreviews.decoding.trees import RankTree
-from mlreviews.models import GenerationResult, Sampler, TinyLM, generate, load_pretrained
+from mlreviews.models import GenerationResult, Sampler, TinyLM, column_major, generate, load_pretrained
 
 PROMPT, NEW = 128, 128  # tokens; a token is a byte
 LENGTH = 4  # of fixed drafts
 SPECULATIVE, PLAIN = f"speculative, {LENGTH} tokens", "plain"
+LOOKUP, CASCADE = "prompt lookup", "lookup, else speculative"
+BATCH = 8
+IN_BATCHES = ("transformers generate", SPECULATIVE, "SVIP", LOOKUP, CASCADE, PLAIN)
 
 Decoder = Callable[[Tensor, int, Sampler, int], GenerationResult]  # prompt, new tokens, sampler, seed
 
@@ -66,7 +71,7 @@ class Models:
 @cache
 def models() -> Models:
     target, draft = load_pretrained("python-target"), load_pretrained("python-draft-distilled")
-    return Models(target, draft, as_llama(target), as_llama(draft))
+    return Models(*(column_major(m) for m in (target, draft, as_llama(target), as_llama(draft))))
 
 
 def as_llama(model: TinyLM) -> Any:
@@ -98,6 +103,11 @@ def plain(ids: Tensor, new: int, sampler: Sampler, seed: int) -> GenerationResul
 def speculative(ids: Tensor, new: int, sampler: Sampler, seed: int, **options: Any) -> GenerationResult:
     drafter = options.pop("drafter", models().draft)
     return speculative_generate(models().target, drafter, ids, new, sampler=sampler, generator=_rng(seed), **options)
+
+
+def lookup_first() -> Cascade:
+    """Copies where 5 bytes agree, else a draft of the model; 5 was chosen on text of the training part."""
+    return Cascade(PromptLookup(shortest=5), models().draft, LENGTH)
 
 
 def lookahead(ids: Tensor, new: int, sampler: Sampler, seed: int, **options: Any) -> GenerationResult:
@@ -136,7 +146,8 @@ def decoders() -> dict[str, Decoder]:
         "transformers prompt lookup": partial(peer, prompt_lookup_num_tokens=10),
         SPECULATIVE: partial(speculative, draft_length=LENGTH),
         "SVIP": partial(speculative, draft_length=policy.max_len, stop_drafting=policy.should_stop),
-        "prompt lookup": partial(speculative, drafter=PromptLookup(), draft_length=10),
+        LOOKUP: partial(speculative, drafter=PromptLookup(), draft_length=10),
+        CASCADE: partial(speculative, drafter=lookup_first(), draft_length=10),
         "Jacobi": jacobi,
         "lookahead": partial(lookahead, window=3, ngram=5, guesses=4),
         **trained(),
@@ -180,18 +191,19 @@ def overlap(text: Tensor, sampler: Sampler, start: int) -> float:
     return float(acceptance_probability(p, q).mean())
 
 
-def timed(ids: Tensor, new: int, sampler: Sampler) -> tuple[list[Measurement], float, float, list[str]]:
-    """Every decoder on every prompt: the measurements, the mean overlap, c, and who differed from plain decoding."""
-    ways = decoders()
+def timed(
+    ids: Tensor, new: int, sampler: Sampler, ways: dict[str, Decoder], batch: int
+) -> tuple[list[Measurement], float, float, list[str]]:
+    """Every decoder on every batch: the measurements, the mean overlap, c, and who differed from plain decoding."""
     found = {name: Measurement(name, [], None) for name in ways}
     counts: dict[str, list[GenerationResult]] = {name: [] for name in ways}
     overlaps: list[float] = []
     costs: list[float] = []
     differing: set[str] = set()
     for name in ways:  # what is loaded or compiled on first use
-        ways[name](ids[:1], 8, sampler, 0)
-    for row in track(range(len(ids)), "timing", console=Console(stderr=True), transient=True):
-        prompt = ids[row : row + 1]
+        ways[name](ids[:batch], 8, sampler, 0)
+    for row in track(range(0, len(ids), batch), "timing", console=Console(stderr=True), transient=True):
+        prompt = ids[row : row + batch]
         for name, decode in ways.items():
             start = time.perf_counter()
             result = decode(prompt, new, sampler, row)
@@ -206,14 +218,15 @@ def timed(ids: Tensor, new: int, sampler: Sampler) -> tuple[list[Measurement], f
             differing |= {name for name in ways if not torch.equal(counts[name][-1].tokens, text)}
     acceptance, cost = statistics.fmean(overlaps), statistics.median(costs)
     for name, m in found.items():
-        m.notes |= numbers(counts[name], m, new)
+        m.notes |= numbers(counts[name], m, batch * new)
         m.notes["speed_up"] = found[PLAIN].median / m.median
-        m.notes["predicted"] = expected_speedup(acceptance, LENGTH, cost) if name == SPECULATIVE else math.nan
+        expected = name == SPECULATIVE and batch == 1  # rows of a batch wait for each other
+        m.notes["predicted"] = expected_speedup(acceptance, LENGTH, cost) if expected else math.nan
     return list(found.values()), acceptance, cost, sorted(differing)
 
 
 def numbers(results: list[GenerationResult], m: Measurement, new: int) -> dict[str, float]:
-    """Tokens a second and a pass of the target, and how many of the tokens that were tested were accepted."""
+    """Tokens a second and those of a row in a pass, and how many of the tokens that were tested were accepted."""
     calls = sum(r.target_calls for r in results)
     tested = accepted = 0
     for r in results:
@@ -222,7 +235,7 @@ def numbers(results: list[GenerationResult], m: Measurement, new: int) -> dict[s
             tested += int(torch.minimum(r.accepted + 1, r.drafted).clamp(min=0).sum())
     return {
         "tokens_per_second": new / m.median,
-        "tokens_per_call": sum(float(r.lengths.sum()) for r in results) / calls if calls else math.nan,
+        "tokens_per_call": sum(float(r.lengths.double().mean()) for r in results) / calls if calls else math.nan,
         "acceptance": accepted / tested if tested else math.nan,
     }
 
@@ -241,26 +254,36 @@ def show(title: str, found: list[Measurement]) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     use_threads(arguments.threads)
-    count, new = (3, 32) if arguments.quick else (arguments.rounds or 31, NEW)
-    ids = prompts(count, PROMPT)
-    for temperature in (0, 1):
-        found, acceptance, cost, differing = timed(ids, new, Sampler(float(temperature)))
-        name = f"decoding_temperature_{temperature}_{torch.get_num_threads()}_threads"
-        show(
-            f"{name}: {count} prompts of {PROMPT} bytes, {new} new; sum min(p, q) {acceptance:.3f}, c {cost:.3f}", found
-        )
-        if differing:
-            Console().print("other tokens than plain decoding on a prompt or more: " + ", ".join(differing))
-        settings = {
-            "prompts": count,
-            "prompt tokens": PROMPT,
-            "new tokens": new,
-            "temperature": temperature,
-            "sum min(p, q)": float(f"{acceptance:.4g}"),
-            "cost of a pass of the draft": float(f"{cost:.4g}"),
-            "decoders with other greedy tokens": ", ".join(differing) or "no",
-        }
-        report(name, found, arguments, settings=settings)
+    rounds, new = (1, 32) if arguments.quick else (arguments.rounds or 31, NEW)
+    for batch in (1, BATCH):
+        ways = {name: way for name, way in decoders().items() if batch == 1 or name in IN_BATCHES}
+        for temperature in (0, 1):
+            compare(arguments, ways, batch, rounds if batch == 1 else -(-rounds // 3), new, temperature)
+
+
+def compare(
+    arguments: argparse.Namespace, ways: dict[str, Decoder], batch: int, rounds: int, new: int, temperature: int
+) -> None:
+    """One table and its record: so many batches of prompts through each of the decoders."""
+    ids = prompts(rounds * batch, PROMPT)
+    found, acceptance, cost, differing = timed(ids, new, Sampler(float(temperature)), ways, batch)
+    several = f"_batch_{batch}" if batch > 1 else ""
+    name = f"decoding_temperature_{temperature}{several}_{torch.get_num_threads()}_threads"
+    size = f"{rounds} x {batch} prompts of {PROMPT} bytes, {new} new"
+    show(f"{name}: {size}; sum min(p, q) {acceptance:.3f}, c {cost:.3f}", found)
+    if differing:
+        Console().print("other tokens than plain decoding on a prompt or more: " + ", ".join(differing))
+    settings = {
+        "batches of prompts": rounds,
+        "prompts in a batch": batch,
+        "prompt tokens": PROMPT,
+        "new tokens": new,
+        "temperature": temperature,
+        "sum min(p, q)": float(f"{acceptance:.4g}"),
+        "cost of a pass of the draft": float(f"{cost:.4g}"),
+        "decoders with other greedy tokens": ", ".join(differing) or "no",
+    }
+    report(name, found, arguments, settings=settings)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlreviews.decoding import (
+    Cascade,
     Draft,
     PromptLookup,
     acceptance_probability,
@@ -16,7 +17,7 @@ from mlreviews.decoding import (
     speculative_generate,
     speculative_verify,
 )
-from mlreviews.decoding.speculative_decoding import _Previous, _Reader
+from mlreviews.decoding.drafters import Previous, Reader
 from mlreviews.models import Sampler, TinyLM, TinyLMConfig, draw, from_transformers, generate
 from tests.contracts.families import Sample
 from tests.decoding.models import TableLM, assert_same_law, exact_law, law_of_chain
@@ -131,6 +132,7 @@ def test_the_law_stays_with_any_settings_of_the_sampler() -> None:
         (Sampler(1.0, min_p=0.3, repetition_penalty=1.8), DRAFT, 2),
         (Sampler(1.0, top_p=0.9), PromptLookup(2, 1), 2),
         (Sampler(1.0, repetition_penalty=0.6), PromptLookup(1, 1), 2),
+        (Sampler(0.9, repetition_penalty=1.2), Cascade(PromptLookup(1, 1), DRAFT, 1), 2),
     ):
 
         def run(sampler: Sampler = sampler, draft: Any = draft, length: int = length) -> Tensor:
@@ -151,6 +153,40 @@ def test_rows_of_a_batch_are_independent() -> None:
     assert_same_law(found, expected)
 
 
+def test_a_cascade_drafts_row_by_row() -> None:
+    """The n-gram (1) is known in the first row alone, whose draft is longer, and certain."""
+    ids, sampler = torch.tensor([[1, 1], [0, 2]]), Sampler(0.8, top_k=2)
+    cascade = Cascade(PromptLookup(1, 1), DRAFT, 1)
+    found = exact_law(lambda: speculative_generate(TARGET, cascade, ids, 2, sampler=sampler).tokens)
+    laws = [law_of_chain(TARGET, prompt, 2, sampler) for prompt in (ids[:1], ids[1:])]
+    assert_same_law(found, {(a[0], b[0]): v * w for a, v in laws[0].items() for b, w in laws[1].items()})
+    draft = cascade.begin(ids, None, sampler, _rng()).propose(3)
+    assert draft.counts.tolist() == [3, 1]
+    assert draft.tokens[0].tolist() == [1, 1, 1]
+    assert draft.q is not None
+    torch.testing.assert_close(draft.q[0], torch.eye(3)[1].expand(3, 3))
+    torch.testing.assert_close(draft.q[1, 0], sampler.probabilities(DRAFT(ids).logits[1, 1]))
+
+
+def test_a_cascade_asks_the_second_drafter_where_the_first_has_nothing() -> None:
+    """Of a text that repeats itself the lookup drafts all but the first steps; the model then reads what it missed."""
+    target, draft = _tiny(), _tiny()
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1]])
+    calls: list[int] = []
+    forward = draft.forward
+    draft.forward = lambda *args, **options: calls.append(args[0].shape[1]) or forward(*args, **options)  # type: ignore
+    result = speculative_generate(target, Cascade(PromptLookup(4, 3), draft, 2), ids, 30, draft_length=4)
+    assert result.tokens.equal(generate(target, ids, 30).tokens)
+    assert result.drafted is not None
+    assert result.accepted is not None
+    by_model = result.drafted[:, 0] == 2
+    assert bool((result.drafted[:-2, 0][~by_model[:-2]] == 4).all())
+    # the model is the target here: what it drafts is taken, which it could not be, had it missed a token
+    assert bool((result.accepted[by_model] == 2).all())
+    assert 0 < len(calls) <= 2 * int(by_model.sum())
+    assert max(calls[1:]) > 2, "it was not asked for a step or more, then caught up"
+
+
 def test_many_draws_have_the_law_of_the_chain() -> None:
     """Several steps with uneven acceptance in one batch; the chains are too long to enumerate the draws."""
     target, count = TableLM.random(4, 5), 3000
@@ -167,13 +203,14 @@ def test_many_draws_have_the_law_of_the_chain() -> None:
         assert chi_square < 16.3  # 3 degrees of freedom, one in a thousand
 
 
-@pytest.mark.parametrize(("kind", "length"), [("near", 3), ("far", 1), ("far", 8), ("lookup", 3)])
+@pytest.mark.parametrize(("kind", "length"), [("near", 3), ("far", 1), ("far", 8), ("lookup", 3), ("cascade", 3)])
 def test_greedy_is_plain_greedy(kind: str, length: int) -> None:
     target = _tiny()
     near = _tiny()
     for parameter in near.parameters():
         parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=_rng(4)))
-    draft: Any = {"near": near, "far": _tiny(7), "lookup": PromptLookup(4, 1)}[kind]
+    cascade = Cascade(PromptLookup(4, 2), near, 2)
+    draft: Any = {"near": near, "far": _tiny(7), "lookup": PromptLookup(4, 1), "cascade": cascade}[kind]
     ids = torch.randint(11, (4, 7), generator=_rng(3))
     mask = torch.arange(7) >= torch.tensor([0, 2, 5, 6])[:, None]
     stop = int(generate(target, ids, 5, mask=mask).tokens[2, 4])
@@ -248,12 +285,12 @@ def test_reduces_to_plain_decoding() -> None:
 @torch.no_grad()
 def test_a_cache_after_a_rollback_is_a_fresh_one() -> None:
     model, ids = _tiny(), torch.randint(11, (2, 9), generator=_rng(3))
-    alone = _Reader(model, ids[:1])
+    alone = Reader(model, ids[:1])
     alone.read(ids[:1, :5])
     alone.read(ids[:1, 5:])
     alone.rewind(5, [2])
     torch.testing.assert_close(alone.cache, model(ids[:1, :7]).cache)
-    both = _Reader(model, ids)
+    both = Reader(model, ids)
     both.read(ids[:, :5], torch.arange(5) >= torch.tensor([[2], [0]]))
     both.read(ids[:, 5:])
     both.rewind(5, [1, 3])
@@ -265,7 +302,7 @@ def test_a_cache_after_a_rollback_is_a_fresh_one() -> None:
 
 
 def test_what_comes_before_each_drafted_token() -> None:
-    previous = _Previous(torch.tensor([[5, 6], [7, 8]]), torch.tensor([[True, True], [False, True]]))
+    previous = Previous(torch.tensor([[5, 6], [7, 8]]), torch.tensor([[True, True], [False, True]]))
     previous.add([[1], [2, 3]])
     found = previous.after(torch.tensor([[9], [4]]))
     assert found.tolist() == [

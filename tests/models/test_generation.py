@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mlreviews.models import (
     Stops,
     TinyLM,
     TinyLMConfig,
+    column_major,
     draw,
     flip,
     generate,
@@ -247,6 +249,22 @@ def test_the_last_token_is_not_run() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_column_major_changes_strides_alone(tmp_path: Path) -> None:
+    model, same = _tiny(), _tiny()
+    assert column_major(model) is model
+    weight = model.layers[0].mlp.up_proj.weight
+    assert weight.stride() == (1, weight.shape[0])
+    assert model.lm_head.weight is model.embed_tokens.weight, "tied"
+    torch.testing.assert_close(model.state_dict(), same.state_dict(), rtol=0, atol=0)
+    ids = torch.randint(13, (2, 5), generator=_rng(1))
+    for m in (model, same):
+        m(ids).logits.square().sum().backward()
+    for one, other in zip(model.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    model.save(tmp_path)
+    torch.testing.assert_close(TinyLM.load(tmp_path).state_dict(), _tiny().float().state_dict(), rtol=1e-6, atol=1e-7)
+
+
 def test_errors() -> None:
     model, ids = _tiny(context=8), torch.tensor([[1, 2, 3]])
     call: Callable[..., GenerationResult] = generate

@@ -3,6 +3,7 @@
 from mlreviews.decoding.adaptivedecoder import *
 from mlreviews.decoding.cllm import *
 from mlreviews.decoding.dola import *
+from mlreviews.decoding.drafters import *
 from mlreviews.decoding.eagle import *
 from mlreviews.decoding.eagle_2 import *
 from mlreviews.decoding.gated_lora_mtp import *

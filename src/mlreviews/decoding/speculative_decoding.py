@@ -32,6 +32,7 @@ Defaults:
     draft_length: 4 (ours; Leviathan et al. use 3 to 7, Chen et al. 4).
     sampler: greedy; then a token is accepted where it is the target's most likely one.
     PromptLookup longest, shortest: 12 and 2 tokens (ours, for tokens that are bytes).
+    Cascade length: 4, of what its second drafter drafts (ours).
 
 Deviations:
     1. The first pass of the target reads the prompt and the first draft together.
@@ -46,28 +47,23 @@ Reduces to:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mlreviews.common.checks import check_count, check_number, check_probability
+from mlreviews.decoding.drafters import Draft, Drafter, Previous, Reader, StopDrafting, as_drafter
 from mlreviews.models import CausalLM, GenerationResult, Sampler, Stops, check_prompt, draw, flip, most_likely
 
 __all__ = [
-    "Draft",
-    "Drafter",
-    "PromptLookup",
     "acceptance_probability",
     "expected_speedup",
     "expected_tokens",
     "speculative_generate",
     "speculative_verify",
 ]
-
-StopDrafting = Callable[[Tensor], Tensor]
 
 
 def speculative_verify(
@@ -164,41 +160,6 @@ def expected_speedup(acceptance: float, draft_length: int, cost: float) -> float
     return expected_tokens(acceptance, draft_length) / (draft_length * cost + 1)
 
 
-class Draft(NamedTuple):
-    """What a drafter proposes.
-
-    Attributes:
-        tokens: [batch, k], int64; k may be 0.
-        q: [batch, k, vocab], what they were drawn from; None: they were not drawn but certain.
-        offered: [batch], how many of a row's tokens count, the first ones; None: all.
-    """
-
-    tokens: Int[Tensor, "batch drafted"]
-    q: Float[Tensor, "batch drafted vocab"] | None = None
-    offered: Int[Tensor, " batch"] | None = None
-
-
-@runtime_checkable
-class DraftSession(Protocol):
-    """A drafter at work on one batch; see `Drafter`."""
-
-    def propose(self, length: int) -> Draft:
-        """At most so many tokens for each row."""
-
-    def accept(self, new: list[list[int]], accepted: list[int]) -> None:
-        """What became of it: each row's new tokens, the accepted drafted ones and the one behind these."""
-
-
-@runtime_checkable
-class Drafter(Protocol):
-    """Anything that proposes tokens: `PromptLookup` is one, and any `mlreviews.models.CausalLM` is made one."""
-
-    def begin(
-        self, input_ids: Tensor, mask: Tensor | None, sampler: Sampler, generator: torch.Generator | None
-    ) -> DraftSession:
-        """Starts on a batch of prompts [batch, time], False in `mask` at padding on the left."""
-
-
 @torch.no_grad()
 def speculative_generate(
     target: CausalLM,
@@ -218,7 +179,7 @@ def speculative_generate(
 
     Args:
         target: whose law counts.
-        draft: a smaller model with the same vocabulary, or another drafter.
+        draft: a smaller model with the same vocabulary, or another drafter: `PromptLookup`, or both in a `Cascade`.
         input_ids: [batch, time], int64.
         max_new_tokens: of each row, 0 or more.
         draft_length: k, tokens that are drafted at most; never more than the budget leaves room for.
@@ -242,11 +203,11 @@ def speculative_generate(
     check_count("draft_length", draft_length)
     if target.max_length is not None and draft_length >= target.max_length:
         raise ValueError(f"draft_length: expected fewer than the {target.max_length} tokens that the target sees")
-    drafter = _drafter(target, draft, input_ids, max_new_tokens, stop_drafting)
+    drafter = as_drafter(draft, target, input_ids, max_new_tokens, stop_drafting)
     batch = len(input_ids)
     stops = Stops(batch, max_new_tokens, stop_tokens, pad=pad)
-    reader, session = _Reader(target, input_ids), drafter.begin(input_ids, mask, sampler, generator)
-    previous = _Previous(input_ids, mask) if sampler.repetition_penalty != 1.0 else None
+    reader, session = Reader(target, input_ids), drafter.begin(input_ids, mask, sampler, generator)
+    previous = Previous(input_ids, mask) if sampler.repetition_penalty != 1.0 else None
     pending, calls = input_ids, 0
     taken: list[list[int]] = []
     drafted: list[list[int]] = []
@@ -282,19 +243,6 @@ def speculative_generate(
     return stops.result(calls, taken, drafted)
 
 
-def _drafter(
-    target: CausalLM, draft: CausalLM | Drafter, input_ids: Tensor, new: int, stop_drafting: StopDrafting | None
-) -> Drafter:
-    if not isinstance(draft, CausalLM):
-        if stop_drafting is not None:
-            raise TypeError(f"stop_drafting: expected a draft model, whose logits it asks, got {type(draft).__name__}")
-        return draft
-    if draft.vocab_size != target.vocab_size:
-        raise ValueError(f"draft: expected the target's vocabulary of {target.vocab_size}, got {draft.vocab_size}")
-    check_prompt(draft, input_ids, new, name="draft")
-    return _ModelDrafter(draft, stop_drafting)
-
-
 def _agreeing(best: Tensor, drafted: Tensor, offered: list[int]) -> tuple[list[int], list[int]]:
     """How many drafted tokens [batch, k] of each row are the most likely ones [batch, k + 1], and the next of these."""
     accepted, following = [], []
@@ -305,200 +253,3 @@ def _agreeing(best: Tensor, drafted: Tensor, offered: list[int]) -> tuple[list[i
         accepted.append(count)
         following.append(wanted[count])
     return accepted, following
-
-
-class _Reader:
-    """A model with a cache of rows that have read different numbers of tokens."""
-
-    def __init__(self, model: CausalLM, input_ids: Tensor) -> None:
-        self.model, self.batch = model, len(input_ids)
-        self.cache: Any = None
-        self.place = input_ids.new_zeros(self.batch, 1)  # the next token's position
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache, those included that are nobody's."""
-        return 0 if self.cache is None else self.cache.length
-
-    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The logits after each of some more tokens; `mask` [batch, up to time] is False at what is no token."""
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(self.batch, ids.shape[1] - mask.shape[1])], 1)
-        positions = None
-        if self.batch > 1:
-            number = torch.arange(1, ids.shape[1] + 1, device=ids.device)[None] if mask is None else mask.cumsum(1)
-            # rows that have ended run on, and tokens that don't count may stand beyond the last position
-            limit = None if self.model.max_length is None else self.model.max_length - 1
-            positions = (self.place + number - 1).clamp(0, limit).expand(self.batch, -1)
-            self.place = self.place + number[:, -1:]
-        out = self.model(ids, self.cache, mask=mask, positions=positions)
-        self.cache = out.cache
-        return out.logits
-
-    def rewind(self, mark: int, kept: list[int]) -> None:
-        """Of the tokens after the first `mark` in the cache only so many stay in each row."""
-        read, most = self.length - mark, max(kept)
-        if self.batch == 1:
-            self.cache = self.cache.crop(mark + most)
-            return
-        count = torch.tensor(kept, device=self.place.device)[:, None]
-        if min(kept) == most:
-            self.cache = self.cache.crop(mark + most)
-        else:
-            index = torch.arange(most, device=self.place.device)
-            self.cache = self.cache.keep(mark, index.expand(self.batch, -1), index < count)
-        self.place = self.place - read + count
-
-
-class _Previous:
-    """The tokens before each place, for the repetition penalty; -1 is none."""
-
-    def __init__(self, input_ids: Tensor, mask: Tensor | None) -> None:
-        self.ids = input_ids if mask is None else input_ids.masked_fill(~mask, -1)
-
-    def add(self, new: list[list[int]]) -> None:
-        """New tokens of each row."""
-        longest = max(map(len, new))
-        filled = torch.tensor([row + [-1] * (longest - len(row)) for row in new], device=self.ids.device)
-        self.ids = torch.cat([self.ids, filled], 1)
-
-    def after(self, drafted: Tensor) -> Tensor:
-        """[batch, k + 1, time]: what comes before each of the drafted tokens, and before the one after them."""
-        count = drafted.shape[1] + 1
-        place = torch.arange(count, device=drafted.device)
-        later = place[:-1] >= place[:, None]
-        own = drafted[:, None].expand(-1, count, -1).masked_fill(later, -1)
-        return torch.cat([self.ids[:, None].expand(-1, count, -1), own], 2)
-
-
-class _ModelDrafter:
-    """A model as a drafter."""
-
-    def __init__(self, model: CausalLM, stop: StopDrafting | None) -> None:
-        self.model, self.stop = model, stop
-
-    def begin(
-        self, input_ids: Tensor, mask: Tensor | None, sampler: Sampler, generator: torch.Generator | None
-    ) -> DraftSession:
-        return _ModelSession(self, input_ids, mask, sampler, generator)
-
-
-class _ModelSession:
-    def __init__(
-        self,
-        drafter: _ModelDrafter,
-        input_ids: Tensor,
-        mask: Tensor | None,
-        sampler: Sampler,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.stop, self.sampler, self.generator = drafter.stop, sampler, generator
-        self.reader = _Reader(drafter.model, input_ids)
-        self.pending, self.mask = input_ids, mask
-        self.previous = _Previous(input_ids, mask) if sampler.repetition_penalty != 1.0 else None
-        self.mark = 0
-
-    def propose(self, length: int) -> Draft:
-        self.mark = self.reader.length + self.pending.shape[1]
-        ids, mask = self.pending, self.mask
-        drafted: list[Tensor] = []
-        laws: list[Tensor] = []
-        offered: Tensor | None = None
-        for step in range(length):
-            logits = self.reader.read(ids, mask if step == 0 else None)[:, -1]
-            if self.sampler.greedy and self.previous is None:
-                ids = most_likely(logits)[:, None]
-            else:
-                before = None
-                if self.previous is not None:
-                    before = torch.cat([self.previous.ids, *drafted], 1)
-                laws.append(self.sampler.probabilities(logits, before))
-                ids = draw(laws[-1], self.generator)[:, None]
-            drafted.append(ids)
-            if self.stop is not None:
-                ends = self.stop(logits)
-                if offered is None:
-                    offered = torch.full_like(ids[:, 0], length)
-                offered = torch.where(ends & (offered == length), step + 1, offered)
-                if bool((offered < length).all()):
-                    break
-        tokens = torch.cat(drafted, 1)
-        if offered is not None:
-            offered = offered.clamp(max=tokens.shape[1])
-        return Draft(tokens, torch.stack(laws, 1) if laws else None, offered)
-
-    def accept(self, new: list[list[int]], accepted: list[int]) -> None:
-        # of a draft that was accepted whole, the draft model has not read the last token
-        read = self.reader.length - self.mark
-        self.reader.rewind(self.mark, [min(n, read) for n in accepted])
-        unread = [row[min(n, read) :] for row, n in zip(new, accepted, strict=True)]
-        longest = max(map(len, unread))
-        device = self.pending.device
-        self.pending = torch.tensor([[0] * (longest - len(row)) + row for row in unread], device=device)
-        self.mask = None
-        if any(len(row) < longest for row in unread):
-            real = [[i >= longest - len(row) for i in range(longest)] for row in unread]
-            self.mask = torch.tensor(real, device=device)
-        if self.previous is not None:
-            self.previous.add(new)
-
-
-class PromptLookup:
-    """Drafts what followed the last tokens where they stood before: n-grams, no model.
-
-    The longest n-gram that has been seen counts, and of several places the last one. Where the copy reaches the end of
-    the text it goes on with itself, as periodic text does.
-
-    Args:
-        longest: tokens that are compared at most.
-        shortest: tokens that have to agree.
-
-    Raises:
-        ValueError: a number below 1, or the wrong way round.
-    """
-
-    def __init__(self, longest: int = 12, shortest: int = 2) -> None:
-        check_count("shortest", shortest)
-        check_count("longest", longest, least=shortest)
-        self.longest, self.shortest = longest, shortest
-
-    def begin(
-        self, input_ids: Tensor, mask: Tensor | None, sampler: Sampler, generator: torch.Generator | None
-    ) -> DraftSession:
-        """Reads the prompts [batch, time]; nothing is drawn."""
-        rows = [ids if mask is None else ids[mask[row]] for row, ids in enumerate(input_ids)]
-        return _LookupSession(self, [ids.tolist() for ids in rows], input_ids.device)
-
-
-class _LookupSession:
-    def __init__(self, drafter: PromptLookup, rows: list[list[int]], device: torch.device) -> None:
-        self.lengths, self.device = range(drafter.longest, drafter.shortest - 1, -1), device
-        self.rows: list[list[int]] = [[] for _ in rows]
-        self.seen: list[dict[tuple[int, ...], int]] = [{} for _ in rows]  # n-gram -> place of what followed it last
-        self.accept(rows, [0] * len(rows))
-
-    def propose(self, length: int) -> Draft:
-        found = [self._continued(row, seen, length) for row, seen in zip(self.rows, self.seen, strict=True)]
-        longest = max(map(len, found))
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in found], dtype=torch.int64)
-        offered = None if min(map(len, found)) == longest else torch.tensor(list(map(len, found))).to(self.device)
-        return Draft(tokens.to(self.device), None, offered)
-
-    def _continued(self, row: list[int], seen: dict[tuple[int, ...], int], length: int) -> list[int]:
-        for n in self.lengths:
-            place = seen.get(tuple(row[-n:])) if n <= len(row) else None
-            if place is not None:
-                found = row[place : place + length]
-                period = len(row) - place
-                while len(found) < length:
-                    found.append(found[len(found) - period])
-                return found
-        return []
-
-    def accept(self, new: list[list[int]], accepted: list[int]) -> None:
-        for row, seen, tokens in zip(self.rows, self.seen, new, strict=True):
-            for token in tokens:
-                for n in self.lengths:
-                    if n <= len(row):
-                        seen[tuple(row[-n:])] = len(row)
-                row.append(token)

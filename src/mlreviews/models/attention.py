@@ -85,7 +85,8 @@ class KVCache(NamedTuple):
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}, the tokens held, got {length}")
-        return KVCache(*(None if x is None else x[:, :length] for x in self))  # type: ignore[arg-type]
+        mask = None if self.mask is None else self.mask[:, :length]
+        return KVCache(self.keys[:, :length], self.values[:, :length], mask)
 
     def rows(self, index: Int[Tensor, " rows"]) -> KVCache:
         """The given rows of the batch, in that order; a row may be taken several times, as beam search does.
@@ -261,7 +262,8 @@ class CausalAttention(nn.Module):
         q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
         if shared.rotation is not None:
             if shared.few:  # calls count, not copies
-                q, k = rotate(torch.cat([q, k], 2), *shared.rotation).split((self.heads, self.kv_heads), 2)
+                rotated = rotate(torch.cat([q, k], 2), *shared.rotation)
+                q, k = rotated[:, :, : self.heads], rotated[:, :, self.heads :]
             else:
                 q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
         cache = KVCache(k, v, mask) if state is None else state.append(k, v, mask)

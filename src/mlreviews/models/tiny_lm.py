@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 
 from mlreviews.common.checks import check_count, check_number
@@ -313,7 +313,10 @@ class TinyLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
-        save_model(self, str(folder / "model.safetensors"))
+        weights = {name: x.contiguous() for name, x in self.state_dict().items()}
+        if self.config.tied:
+            del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder: str | Path, **options: Any) -> TinyLM:
