@@ -130,6 +130,15 @@ class TestReference:
             else:
                 assert torch.equal(tensor, before[name] if decay == 1 else new)
 
+    def test_tied_weights_move_once(self) -> None:
+        policy, reference = (nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}) for _ in range(2))
+        for model, value in ((policy, 8.0), (reference, 0.0)):
+            model["b"].weight = model["a"].weight
+            nn.init.constant_(model["a"].weight, value)
+        update_reference(reference, policy, 0.75)
+        assert reference["b"].weight is reference["a"].weight
+        assert (reference["a"].weight == 2).all()
+
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match="decay: expected a probability"):

@@ -121,7 +121,7 @@ def rlhf_advantages(
     check_tokens(mask, token_reward=token_reward, values=values)
     ends = _last_tokens(mask)
     advantages, returns = gae(
-        torch.where(mask, token_reward, 0.0), torch.where(mask, values.detach(), 0.0), ends, gamma=gamma, lam=lam
+        torch.where(mask, token_reward, 0.0), torch.where(mask, values, 0.0), ends, gamma=gamma, lam=lam
     )
     if normalise:
         advantages = normalise_advantages(advantages, mask)
@@ -203,10 +203,11 @@ def update_reference(reference: nn.Module, policy: nn.Module, decay: float) -> N
         ValueError: decay is outside of [0, 1], or the two have other tensors; then nothing has changed.
     """
     check_probability("decay", decay)
-    old, new = reference.state_dict(), policy.state_dict()
+    old, new = reference.state_dict(keep_vars=True), policy.state_dict()
     if {name: t.shape for name, t in old.items()} != {name: t.shape for name, t in new.items()}:
         raise ValueError("policy: expected tensors of the reference's names and shapes")
-    for name, tensor in old.items():
+    # a tensor that has two names, such as a tied head, moves once
+    for name, tensor in {id(tensor): (name, tensor) for name, tensor in old.items()}.values():
         if tensor.is_floating_point():
             tensor.lerp_(new[name].to(tensor.dtype), 1 - decay)
         elif decay < 1:
