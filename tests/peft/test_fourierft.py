@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import warnings
@@ -236,6 +237,15 @@ def test_coefficients_are_normal_and_in_single_precision() -> None:
     assert abs(layer.spectrum.mean()) < 5 / 3000**0.5
     assert abs(layer.spectrum.var() - 1) < 5 * (2 / 3000) ** 0.5
     assert layer(_random(2, 60).bfloat16()).dtype == torch.bfloat16
+
+
+def test_defaults() -> None:
+    def of(call: Any, *names: str) -> list[Any]:
+        return [inspect.signature(call).parameters[name].default for name in names]
+
+    assert of(FourierFTLinear, "n_frequency", "scaling", "seed", "bandwidth") == [1000, 150.0, 777, 200.0]
+    assert of(uniform_entries, "seed") + of(gaussian_bandpass_entries, "bandwidth") == [777, 200.0]
+    assert of(fourier_delta_weight, "scaling") == of(fourier_product, "scaling") == [150.0]
 
 
 IDS = torch.arange(24).view(2, 12)

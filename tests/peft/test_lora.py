@@ -281,6 +281,7 @@ def test_lora_plus_gives_b_the_larger_step_size() -> None:
     inject_lora(model, ["e", "q"], LoRASettings(rank=2, dora=True))
     small, large = lora_plus_groups(model, 0.1, ratio=4.0)
     assert (small["lr"], large["lr"]) == (0.1, 0.4)
+    assert [group["lr"] for group in lora_plus_groups(model, 0.5)] == [0.5, 8.0]
     assert [id(p) for p in large["params"]] == [id(model["q"].lora_B["default"])]
     named = trainable_parameters(model)
     assert {id(p) for p in small["params"]} == {id(p) for p in named.values()} - {id(model["q"].lora_B["default"])}

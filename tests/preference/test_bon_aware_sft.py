@@ -82,6 +82,7 @@ class TestSft:
         torch.testing.assert_close(loss, exact)
         for ours, theirs in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(exact, logits), strict=True):
             torch.testing.assert_close(ours, theirs)
+        assert not stats["win_rate"].requires_grad
         assert stats["win_rate"].item() == pytest.approx(float(P[SCORES[expert] >= SCORES].sum()))
 
     def test_reduces_to_likelihood_at_one_draw_and_means_over_the_batch(self) -> None:

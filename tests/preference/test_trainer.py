@@ -5,6 +5,7 @@ import torch
 
 from mlreviews.models import TinyLM, TinyLMConfig
 from mlreviews.preference import (
+    PolicyLoss,
     completion_logps,
     dpo_loss,
     group_advantages,
@@ -135,8 +136,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(name: str, tmp_path) -> None:
     whole, logs = run(None)
     assert [log["step"] for log in logs] == [1, 2, 3, 4, 5]
     assert not torch.equal(whole.lm_head.weight, model().lm_head.weight)
-    run(tmp_path / "run.pt", stop=3)
-    policy, rest = run(tmp_path / "run.pt")
+    path = tmp_path / "new" / "folder" / "run.pt"
+    run(path, stop=3)
+    policy, rest = run(path)
     assert [log["step"] for log in rest] == [4, 5]
     assert rest == logs[3:]
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), whole.parameters(), strict=True))
@@ -161,6 +163,21 @@ def test_reinforcement_finds_what_is_rewarded() -> None:
     for _ in train(policy, optimiser, some, loss, steps=25, generator=torch.Generator().manual_seed(0)):
         pass
     assert rewards[-1] > rewards[0] + 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.3}])
+def test_gradients_are_clipped_and_what_the_loss_logs_is_logged(options) -> None:
+    policy = model()
+    weight, before = policy.lm_head.weight, policy.lm_head.weight.detach().clone()
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+
+    def loss(batch):
+        return PolicyLoss(100 * weight.sum(), {"batch": torch.tensor(batch)})
+
+    (log,) = train(policy, optimiser, lambda g: 7.0, loss, steps=1, generator=torch.Generator(), **options)
+    assert log["gradient_norm"] == pytest.approx(100 * weight.numel() ** 0.5, rel=1e-4)
+    assert (log["batch"], log["loss"]) == (7.0, pytest.approx(100 * float(before.sum()), rel=1e-3, abs=1e-2))
+    assert float((weight.detach() - before).norm()) == pytest.approx(options.get("max_norm", 1.0), rel=1e-4)
 
 
 def test_what_is_not_finite_changes_nothing() -> None:

@@ -3,7 +3,7 @@ r"""Flexora: learns by validation loss which layers LoRA should train, and train
 Paper: Flexora: Flexible Low Rank Adaptation for Large Language Models (arXiv:2408.10774).
 
 The LoRA update of each layer is multiplied by a gate, and the gates share a fixed total. LoRA's weights follow the
-training loss, the gates the validation loss after some such steps, differentiated through them. Then layers whose gate
+training loss, the gates the validation loss after some such steps, differentiated through them. Then layers whose alpha
 has grown keep LoRA, all others lose it, and the rest is fine-tuned anew without gates.
 
 Equation:
@@ -26,7 +26,7 @@ Defaults:
     lr_alpha: 0.01 (authors' code, Adam).
     lr_theta: 1e-4 (authors' code).
     inner_steps: 1 (ours).
-    threshold: 0 (authors' code: alpha above 0, which is a gate above the geometric mean of all).
+    threshold: 0 (authors' code: layers whose alpha has grown).
 
 Deviations:
     1. Inner steps are those of plain gradient descent, as in eq. (3); the authors' code has AdamW there, and takes the
@@ -195,7 +195,7 @@ def flexora_search(
 
         return value
 
-    alpha = torch.zeros(len(names), device=next(iter(layers.values())).gate.device, requires_grad=True)
+    alpha = torch.zeros(len(names), device=next(iter(layers.values())).gate.device)
     optimiser = torch.optim.Adam([alpha], lr=lr_alpha)
     history, losses = [], []
     for _ in range(rounds):
@@ -204,8 +204,8 @@ def flexora_search(
         optimiser.step()
         if not inner_steps:
             weights = {name: x.requires_grad_() for name, x in theta.items()}
-            theta = {n: x.detach() for n, x in _step(on(next(train)), weights, alpha.detach(), lr_theta).items()}
-        history.append(alpha.detach().clone())
+            theta = {n: x.detach() for n, x in _step(on(next(train)), weights, alpha, lr_theta).items()}
+        history.append(alpha.clone())
         losses.append(float(value))
     with torch.no_grad():
         for name, x in theta.items():
@@ -220,7 +220,7 @@ def flexora_select(alpha: Mapping[str, float], threshold: float = 0.0) -> list[s
 
     Args:
         alpha: of `flexora_search`.
-        threshold: 0 is a gate above the geometric mean of all.
+        threshold: 0 is where every alpha began.
 
     Raises:
         ValueError: none is above it.
