@@ -273,17 +273,17 @@ def test_the_layer_is_llamas_without_its_first_norm() -> None:
     config = LlamaConfig(
         hidden_size=24,
         intermediate_size=10,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         rms_norm_eps=0.03,
         attn_implementation="eager",
     )
-    peer = LlamaDecoderLayer(config, 0).double().eval()
+    peer: Any = LlamaDecoderLayer(config, 0).double().eval()
     peer.input_layernorm = nn.Identity()
-    draft = EagleDraft(24, 3, kv_heads=1, hidden=10, norm_eps=0.03, generator=_rng()).double()
+    draft = EagleDraft(24, 4, kv_heads=2, hidden=10, norm_eps=0.03, generator=_rng()).double()
     draft.post_attention_layernorm.weight.data.copy_(torch.rand(24, generator=_rng(3)))
     weights = draft.state_dict()
-    parts = weights["qkv_proj.weight"].split([24, 8, 8])
+    parts = weights["qkv_proj.weight"].split([24, 12, 12])
     renamed = {f"self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
     renamed["self_attn.o_proj.weight"] = weights["o_proj.weight"]
     renamed["mlp.gate_proj.weight"], renamed["mlp.up_proj.weight"] = weights["gate_up_proj.weight"].split(10)

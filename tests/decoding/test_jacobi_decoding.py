@@ -150,7 +150,7 @@ def test_guesses_that_are_right_save_passes() -> None:
     assert jacobi_decode(TableLM(table), torch.tensor([[3]]), 40).drafted[:, 0].tolist() == [16, 16, 8]  # type: ignore[index]
     # of a prompt of other tokens the last one alone is right
     prompt = torch.tensor([[0, 1, 2, 4, 0, 1, 2, 3]])
-    calls = [jacobi_decode(TableLM(table), prompt, 20, block_size=8, init=i).target_calls for i in ("last", "random")]  # type: ignore[arg-type]
+    calls = [jacobi_decode(TableLM(table), prompt, 20, block_size=8, init=i).target_calls for i in ("last", "random")]
     assert calls[0] == 3 < calls[1]
     wrong = jacobi_decode(TableLM(table.roll(1, 2)), torch.tensor([[3]]), 10, block_size=5)
     assert wrong.row(0).tolist() == [4, 0, 1, 2, 3, 4, 0, 1, 2, 3]  # each is the one before plus 1: nothing to guess
