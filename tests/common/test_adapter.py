@@ -45,6 +45,18 @@ class Silent(Adapter):
         return 0 * self.base(x)
 
 
+class Conv1D(nn.Module):
+    """A linear layer whose weight is [in, out], with the names of transformers' own."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.linspace(-1, 2, nx * nf).view(nx, nf)), nn.Parameter(torch.ones(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
 def _model() -> nn.ModuleDict:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -200,6 +212,10 @@ def test_the_state_of_adapters_goes_into_a_model_that_has_the_same() -> None:
 
 def test_features_of_linear_layers() -> None:
     assert features(nn.Linear(3, 4)) == (3, 4)
+    assert features(Conv1D(4, 3)) == (3, 4)
+    named = nn.Linear(3, 4)
+    named.nf = 4
+    assert features(named) == (3, 4)
     with pytest.raises(TypeError, match="linear layer"):
         features(nn.LayerNorm(3))
 
@@ -208,6 +224,7 @@ def test_features_of_linear_layers() -> None:
     ("layer", "x"),
     [
         (nn.Linear(3, 4), X),
+        (Conv1D(4, 3), X),
         (nn.Embedding(5, 3), torch.tensor([[1, 4]])),
         (nn.Conv1d(3, 4, 2, stride=2, padding=1, padding_mode="circular"), X.view(1, 3, 2)),
         (nn.Conv2d(3, 6, (1, 2), groups=3, dilation=2, padding="same"), torch.ones(1, 3, 4, 5)),

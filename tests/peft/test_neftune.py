@@ -56,6 +56,7 @@ class TestNoise:
         assert torch.equal(neftune_noise(x, 0.0), x)
         assert torch.equal(neftune_noise(x, generator=_rng()), neftune_noise(x, 5.0, generator=_rng()))
         assert NEFTune(nn.Embedding(3, 2)).alpha == 5
+        assert NEFTune(nn.Embedding(3, 2), 0.0).alpha == 0
 
     def test_gradient_is_that_of_the_embeddings(self) -> None:
         x = _random(2, 4, 3).requires_grad_()

@@ -192,6 +192,8 @@ class TestLayer:
     def test_dropping(self) -> None:
         layer, x = _layer(filled=True, drop=0.36, n_lora=1, n_identity=0, top_k=1), _random(4, 5)
         expected = layer(x)
+        whole = _layer(filled=True).train()
+        assert whole._dropped()[0] is whole.lora_A  # nothing is drawn where nothing is dropped
         layer.train()
         draws = torch.stack([layer.change(x) for _ in range(200)]).detach()
         error = draws.std(0) / 200**0.5

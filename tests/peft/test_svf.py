@@ -119,6 +119,7 @@ class TestExperts:
         experts = [{"0": _random(4, seed=k), "2": _random(3, seed=9 + k)} for k in range(3)]
         for k, one_hot in enumerate(torch.eye(3)):
             assert all(torch.equal(z, experts[k][path]) for path, z in compose_experts(experts, one_hot).items())
+        assert torch.equal(compose_experts(experts[:1], torch.tensor([2.0]))["2"], 2 * experts[0]["2"])
         a, b = _random(3, seed=20), _random(3, seed=21)
         mixed = compose_experts(experts, 2 * a - b)
         for path, z in mixed.items():
@@ -133,6 +134,7 @@ class TestExperts:
         assert all(torch.equal(z, scales[path]) for path, z in expert(model).items())
         assert torch.equal(model[2].z, scales["2"])
         assert start["0"].equal(torch.ones(4))  # a copy
+        assert not start["0"].requires_grad
         merge(model)
         with pytest.raises(RuntimeError, match="model: expected layers that are not merged"):
             load_expert(model, scales)

@@ -56,6 +56,7 @@ class TestLoss:
         chosen = torch.tensor([-1e4, 1e4], requires_grad=True)
         found = bt_reward_loss(chosen, -chosen)
         assert not found.chosen_rewards.requires_grad
+        assert not found.rejected_rewards.requires_grad
         assert torch.equal(found.rejected_rewards, -chosen.detach())
         assert torch.autograd.grad(found.losses.sum(), chosen)[0].isfinite().all()
 

@@ -61,6 +61,14 @@ def test_rollouts_hold_what_was_drawn() -> None:
     assert not drawn.logp_old[~drawn.labels_mask].any()
 
 
+def test_prompts_alone_have_no_tokens_of_answers() -> None:
+    ids, real, mask = prepare(PROMPTS)
+    assert real.sum(1).tolist() == [len(prompt) for prompt in PROMPTS]
+    assert real[:, -1].all()  # padded on the left
+    assert mask.shape == ids.shape
+    assert not mask.any()
+
+
 def test_the_ratio_is_one_on_policy() -> None:
     policy = model()
     drawn = draw(policy, torch.Generator().manual_seed(1))
