@@ -87,6 +87,15 @@ def test_never_softer_same_order_and_no_zero(items: int, size: float, constant: 
     torch.testing.assert_close(adaptive_softmax(logits + constant), found, rtol=1e-6, atol=1e-12)
 
 
+def test_an_entropy_of_little_more_than_one_is_sharpened() -> None:
+    logits = torch.tensor([0.0, 0.2, 0.4, -0.1], dtype=torch.float64)
+    entropy = softmax_entropy(logits)
+    assert 1.3 < entropy < math.log(4)
+    polynomial = sum(c * entropy**power for power, c in enumerate(reversed(COEFFICIENTS)))
+    assert polynomial > 1.5
+    torch.testing.assert_close(adaptive_softmax(logits), (polynomial * logits).softmax(0))
+
+
 def test_masked_items_take_no_part() -> None:
     logits, mask = _logits(5, 12), torch.rand(5, 12, generator=_rng(3)) < 0.6
     mask[4] = False
@@ -126,6 +135,7 @@ def test_dispersion(temperature: float) -> None:
         found = (logits / temperature).softmax(-1)
         assert low <= found.min()
         assert found.max() <= high
+    assert dispersion_bounds(4, 3.0) == dispersion_bounds(4, 3.0, 1.0)
     low, high = dispersion_bounds(4, 3.0, temperature)
     tight = torch.tensor([3.0] + [0.0] * 1_000_000, dtype=torch.float64)
     torch.testing.assert_close(

@@ -196,3 +196,10 @@ def test_errors() -> None:
         spectral_filter(_x()[..., None], torch.ones(D_MODEL, 4).double())
     with pytest.raises(ValueError, match="state: expected that of 2 rows"):
         _causal()(_x(), FFTMixerState(torch.zeros(3, 2, D_MODEL), torch.ones(3, 2, dtype=torch.bool)))
+
+
+def test_defaults() -> None:
+    mixer, causal = FFTNetMixer(8, 6), CausalFFTMixer(8)
+    assert mixer.base_filter.shape == (4, 4)
+    assert mixer.adaptive_mlp is not None
+    assert causal.filters.shape == (5, 4, 512)

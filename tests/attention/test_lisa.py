@@ -316,6 +316,8 @@ def test_defaults() -> None:
     assert LiSAAttention(66, 6, layer=1, rope_base=None).rank == 12
     assert LiSAAttention(24, 4, layer=1, rank=16).planes.tolist() == [[0, 1]] * 4
     assert LiSAAttention(64, 2, layer=1, rank=16, kv_heads=1).planes.tolist() == [[0, 4, 8, 12]]
+    assert [LiSAAttention(24, 4, **layer).shares for layer in ({}, {"layer": 1})] == [False, True]
+    assert LiSAAttention(24, 4).rope_base == 10000.0
     assert AlignHeads(5).up.weight.shape == (10, 10)
     assert "rank=8" in repr(_shared())
 

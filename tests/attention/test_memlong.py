@@ -241,3 +241,4 @@ def test_errors() -> None:
         layer(_x(3)[:1], layer(_x(3))[1])
     assert (layer.chunk_size, MemLongAttention(8, 2).chunk_size, MemLongAttention(8, 2).top_k) == (CHUNK, 32, 4)
     assert MemLongAttention(8, 2).capacity == 1024
+    assert (MemLongAttention(8, 2).layer, MemLongAttention(8, 2).rope_base) == (0, 10000.0)

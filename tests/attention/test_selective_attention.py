@@ -364,3 +364,8 @@ def test_errors_name_the_argument() -> None:
         search_budgets(model, lambda: 0.0, start=4, step=0, limit=1.0)
     with pytest.raises(TypeError, match="SelectiveCache has no crop"):
         model(torch.zeros(1, 4, dtype=torch.int64)).cache.crop(2)
+
+
+def test_defaults() -> None:
+    layer = SelectiveAttention(8, 2)
+    assert (layer.selector, layer.tau, layer.budget) == (0, 1.0, None)

@@ -151,6 +151,7 @@ class TestContext:
             star_context_mask(0, 1)
         with pytest.raises(ValueError, match="block_size: expected at least 1"):
             StarAttention(8, 2, block_size=0)
+        assert StarAttention(8, 2).block_size == 64
         for queries in (q[:, :0], torch.cat([q, q], 1)):
             with pytest.raises(ValueError, match="q: expected 1 to 5 queries"):
                 star_attention(queries, k, v, 2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mlreviews.models import TinyLM, TinyLMConfig
+from mlreviews.models import CausalAttention, TinyLM, TinyLMConfig
 from tests.contracts.families import Member, each_member
 
 TIME = 9
@@ -34,6 +35,15 @@ def _model(member: Member, **changes: Any) -> TinyLM:
 
 def _ids(batch: int = 2, time: int = TIME) -> Tensor:
     return torch.randint(13, (batch, time), generator=_rng(1))
+
+
+@each_attention
+def test_defaults_are_those_of_the_standard_layer(member: Member) -> None:
+    own, standard = (
+        {name: p.default for name, p in inspect.signature(kind).parameters.items() if name in ("layer", "rope_base")}
+        for kind in (getattr(importlib.import_module(member.technique.module), member.name), CausalAttention)
+    )
+    assert own == {name: standard[name] for name in own}
 
 
 @each_attention

@@ -106,6 +106,8 @@ class TestMambaBlock:
         assert steps.max() <= 0.101
         assert [tuple(MambaBlock(48).A_log.shape), MambaBlock(48).dt_rank, MambaBlock(49).dt_rank] == [(96, 16), 3, 4]
         assert MambaBlock(48).conv1d.weight.shape == (96, 1, 4)
+        assert (block.in_proj.bias, block.out_proj.bias) == (None, None)
+        assert block.conv1d.bias is not None
         assert block.conv1d.weight.abs().max() <= 0.5
         assert block.conv1d.weight.std().item() == pytest.approx(0.5 / math.sqrt(3), rel=0.1)
 

@@ -127,6 +127,9 @@ class TestMamba2Block:
         default = Mamba2Block(64)
         assert (default.d_state, default.headdim, default.heads, default.ngroups) == (128, 64, 2, 1)
         assert (default.chunk_size, default.norm.eps) == (256, 1e-5)
+        assert (default.in_proj.bias, default.out_proj.bias) == (None, None)
+        assert default.conv1d.bias is not None
+        assert GatedRMSNorm(6).groups == 1
         assert default.conv1d.weight.shape == (128 + 256, 1, 4)
         assert default.in_proj.weight.shape == (2 * 128 + 256 + 2, 64)
 

@@ -258,3 +258,10 @@ class TestLogForm:
     def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match=r"log_values: expected \[2, 4, 5\], got shape \(2, 3, 5\)"):
             parallel_scan_log(torch.ones(2, 3, 5), torch.ones(2, 3, 5))
+
+
+@each_kind
+def test_defaults(kind: type[Layer]) -> None:
+    layer = kind(DIM)
+    assert (layer.d_hidden, layer.log_space) == (DIM, True)
+    assert isinstance(layer.out_proj, nn.Identity)

@@ -85,6 +85,13 @@ def test_layers_start_from_the_learned_state(kind: str) -> None:
     assert layer.initial_state.detach().abs().min() > 0
 
 
+def test_the_first_state_begins_with_length_one() -> None:
+    squares = InputDependentSSM(1, 4000, 1, "fixed").initial_state.detach().double().square()
+    assert squares.sum().item() == pytest.approx(
+        1, abs=6 * math.sqrt(2 / 4000)
+    )  # a normal number's square has variance 2
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_diagonal_layers_are_captured_as_one_graph() -> None:  # the other two are by the contract

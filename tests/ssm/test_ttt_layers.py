@@ -263,6 +263,10 @@ class TestReductions:
             torch.testing.assert_close(z[:, t], torch.einsum("bhd,bhde->bhe", q[:, t], W), rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(last, W, rtol=1e-8, atol=1e-9)
 
+    def test_mini_batches_of_the_dual_have_16_tokens(self) -> None:
+        inputs = self._inputs(18)
+        torch.testing.assert_close(ttt_linear_dual(*inputs), ttt_linear_dual(*inputs, mini_batch=16), rtol=0, atol=0)
+
     def test_without_steps_the_dual_is_a_linear_map(self) -> None:
         q, k, v, W0, eta = self._inputs()
         z, W = ttt_linear_dual(q, k, v, W0, 0 * eta, mini_batch=2)
