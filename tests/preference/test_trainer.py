@@ -29,7 +29,7 @@ def model(seed: int = 0) -> TinyLM:
 
 def draw(policy, generator, **options):
     given = {"group_size": 4, "max_new_tokens": 6, "temperature": 0.7, "stop": "\x41"} | options
-    return rollout(policy, PROMPTS, lambda prompt, answer: float(len(answer)), generator=generator, **given)
+    return rollout(policy, PROMPTS, lambda prompt, answer: len(answer), generator=generator, **given)
 
 
 def by_hand(policy, ids, temperature=1.0):
@@ -44,6 +44,7 @@ def test_rollouts_hold_what_was_drawn() -> None:
     stop = int(drawn.ids[drawn.mask & (drawn.ids < 128)].mode().values)  # one that occurs
     drawn = draw(policy, torch.Generator().manual_seed(0), max_new_tokens=40, stop=chr(stop))
     assert drawn.ids.shape[0] == 12
+    assert drawn.rewards.dtype == torch.float32  # also where a reward counts in whole numbers
     lengths = drawn.mask.sum(1)
     assert len(set(lengths.tolist())) > 1
     for i in range(12):

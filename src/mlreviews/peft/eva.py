@@ -143,7 +143,7 @@ def allocate_ranks(ratios: Mapping[str, Float[Tensor, " _"]], budget: int) -> di
         budget: the sum of all ranks, r L.
 
     Returns:
-        Layer -> rank, 0 for some. Of equal ratios the earlier in a layer, then in the order of layers, counts first.
+        Layer -> rank, 0 for some. Of equal ratios the earlier in a layer, then that of the smaller name, counts first.
 
     Raises:
         ValueError: no layers, or a budget of less than 1 or more than there are components.

@@ -240,7 +240,7 @@ def rollout(
     real = torch.cat([real, torch.ones_like(answered)], 1)
     mask = torch.cat([torch.zeros_like(ids, dtype=torch.bool), answered], 1)
     answers = tuple(tokenizer.decode(result.row(i)) for i in range(len(repeated)))
-    rewards = torch.tensor([reward(prompt, answer) for prompt, answer in zip(repeated, answers, strict=True)])
+    rewards = torch.tensor([float(reward(*pair)) for pair in zip(repeated, answers, strict=True)])
     with torch.no_grad():
         logp_old = _logps(policy, whole, real, mask, temperature)
     return Rollouts(whole, real, mask, rewards.to(device), logp_old, temperature, answers)
