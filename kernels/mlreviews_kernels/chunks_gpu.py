@@ -25,7 +25,7 @@ def rows(tokens: int, sequences: int, size: int) -> int:
 def chunk_at(row, most, offsets, sequences, size):
     """Of the chunk in a row out of ``most``: its sequence, where that begins and ends, and the chunk's start in it.
 
-    The last two are positions in the tokens; the start may lie behind the end, where a row is not used.
+    That start counts from the sequence's; it may lie behind the end, where a row is not used.
     """
     row = row.to(tl.int32)
     low = tl.maximum(row - (most - sequences).to(tl.int32), 0)

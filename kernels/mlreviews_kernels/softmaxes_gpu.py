@@ -380,7 +380,7 @@ DOUBLE_TILES = {
 
 
 def _options(
-    kernel: Any, dtype: torch.dtype, precision: str, width: int, double: bool, masked: bool, pairs: bool, measured: bool
+    kernel: Any, dtype: torch.dtype, precision: str, width: int, double: bool, masked: bool, pairs: bool, hopper: bool
 ) -> dict[str, Any]:
     """Compile-time constants, warps and stages.
 
@@ -392,20 +392,22 @@ def _options(
         double: whether there are two softmaxes.
         masked: whether there is a mask.
         pairs: whether it is one of queries and keys.
-        measured: whether it is for a chip that tiles have been measured on; elsewhere they are what doesn't spill.
+        hopper: whether it is for a chip that this has been measured on; elsewhere it is what doesn't spill.
     """
-    # whole tiles have a loop of their own where registers are left
-    split = int(dtype.itemsize == 2 and not masked)
-    shape = {"DIM": width, "VALUE": 2 * width if double else width, "PRECISION": precision, "SPLIT": split}
+    shape = {"DIM": width, "VALUE": 2 * width if double else width, "PRECISION": precision}
+    shape["SPLIT"] = int(_splits(dtype, masked, hopper))
     if kernel is not delta_kernel:
         shape["DOUBLE"] = double
-    if measured and _has_measured_tiles(dtype, width, double, pairs):
+    if hopper and _has_measured_tiles(dtype, width, double, pairs):
         rows, keys, warps, stages = (DOUBLE_TILES if double else TILES[width == WIDEST])[kernel]
         return {**shape, "ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
     exact = dtype == torch.float32 and precision == "ieee"
     half = dtype.itemsize == 2
     # float32 products take registers for both factors; two softmaxes fill them with a mask, or when they are wide
     crowded = double and (pairs or width == WIDEST) and kernel is not delta_kernel
+    if not hopper:  # there nothing spills without this
+        crowded = crowded or (kernel is grad_kv_kernel and width >= (64 if double else WIDEST))
+        crowded = crowded or (kernel is delta_kernel and pairs and width == WIDEST)
     side = SIDE if half and not crowded else SIDE // 2
     narrow = kernel is grad_kv_kernel if double else width == WIDEST and kernel in (forward_kernel, grad_kv_kernel)
     narrow = narrow or kernel is delta_kernel or (double and width == WIDEST and kernel is forward_kernel)
@@ -418,16 +420,25 @@ def _options(
     if not double and kernel is forward_kernel and width == WIDEST and exact:
         side = step
     if kernel is grad_kv_kernel and width == (64 if double else 32) and not half and not exact:
-        step = side
+        side, step = step if double else side, side
     by_keys = kernel is grad_kv_kernel or (not half and kernel is delta_kernel)
     sizes = {"ROWS": step, "KEYS": side} if by_keys else {"ROWS": side, "KEYS": step}
-    few = (width == WIDEST and kernel is forward_kernel and not half) or (width == 32 and not exact)
-    return {**shape, **sizes, "num_warps": 4 if few and not double else 8, "num_stages": 1}
+    few = not double and ((width == WIDEST and kernel is forward_kernel and not half) or (width == 32 and not exact))
+    if half and not hopper and kernel is forward_kernel:
+        few = width == 32 and (pairs or not double)
+    elif half and not hopper:
+        few = width <= 64 and kernel is grad_kv_kernel and not double
+    return {**shape, **sizes, "num_warps": 4 if few else 8, "num_stages": 1}
 
 
 def _spills(kernel: Any, dtype: torch.dtype, precision: str) -> int:
     """On sm_80 ptxas stops at 80 or 128 registers of the 255 that it has, whatever the tiles."""
     return 24 if kernel is grad_kv_kernel and dtype == torch.float32 and precision == "ieee" else 0
+
+
+def _splits(dtype: torch.dtype, masked: bool, hopper: bool) -> bool:
+    """Whether tiles that are seen whole have a loop of their own: faster, but it takes registers."""
+    return hopper and dtype.itemsize == 2 and not masked
 
 
 def _has_measured_tiles(dtype: torch.dtype, width: int, double: bool, pairs: bool) -> bool:
@@ -562,10 +573,10 @@ def launches(*, double: bool) -> list[Launch]:
     kernels = (forward_kernel, *([delta_kernel] if double else []), grad_q_kernel, grad_kv_kernel)
     unused = () if double else ("q2", "k2", "lam", "lse2", "delta2", "grad_q2", "grad_k2")
     for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
-        masks = (0, 2) if dtype.itemsize == 2 else (0,)
-        for mask, width, kernel in product(masks, (32, 64, WIDEST), kernels):
-            measured = _has_measured_tiles(dtype, width, double, mask == 2)
-            for hopper in (False, True) if measured else (False,):
+        half = dtype.itemsize == 2
+        for mask, width, kernel in product((0, 2) if half else (0,), (32, 64, WIDEST), kernels):
+            for hopper in (False, True) if half else (False,):
+                measured = hopper and _has_measured_tiles(dtype, width, double, mask == 2)
                 options = _options(kernel, dtype, precision, width, double, mask > 0, mask == 2, hopper)
                 warps, stages = options.pop("num_warps"), options.pop("num_stages")
                 absent = (*unused, *(() if mask else ("mask",)))
@@ -578,8 +589,8 @@ def launches(*, double: bool) -> list[Launch]:
                         absent=tuple(name for name in absent if name in kernel.arg_names),
                         warps=warps, wavefronts=WAVEFRONTS if double else warps, stages=stages,
                         label=f"{width} {precision}" + (" masked" if mask else ""), matmul=dtype != torch.float32,
-                        chips=chips(hopper, measured),
-                        spills=MEASURED_SPILLS if hopper else _spills(kernel, dtype, precision),
+                        chips=chips(hopper, half),
+                        spills=MEASURED_SPILLS if measured else _spills(kernel, dtype, precision),
                     )
                 )  # fmt: skip
     return found

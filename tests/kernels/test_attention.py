@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -531,20 +531,28 @@ def test_dtypes_of_merging_are_checked() -> None:
         merge_attention([out.int()], [lse])
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, -0.4), (torch.float32, 0.0), (torch.float16, -0.4)])
-@pytest.mark.parametrize("count", [1, 2])
-def test_scales_of_any_sign_and_whole_tiles_in_triton(count: int, dtype: torch.dtype, scale: float) -> None:
-    """The kernels take a positive scale; in half precision, tiles that are seen whole have a loop without masks."""
+@pytest.mark.parametrize(
+    ("count", "dtype", "options"),
+    [
+        *product((1, 2), (torch.float32, torch.float16), ({"scale": -0.4},)),
+        *product((1, 2), (torch.float32,), ({"causal": False},)),
+        (1, torch.float32, {"scale": 0.0}),
+        (1, torch.float32, {"window": 18}),
+    ],
+)
+def test_scales_of_any_sign_and_whole_tiles_in_triton(
+    count: int, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels take a positive scale; tiles that are seen whole may have a loop without masks."""
+    monkeypatch.setattr(gpu, "_splits", lambda *_: True)
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(1, 40, 2, 8, generator=generator).to(dtype) for _ in range(5)]
+    shapes = [*((1, 36, 3 - count, 8), (1, 40, 1, 8)) * count, (1, 40, 1, 8)]
+    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
     def run(backend: str, wide: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(wide, copy=True).requires_grad_() for x in drawn[: 2 * count + 1]]
+        leaves = [x.to(wide, copy=True).requires_grad_() for x in drawn]
         with use_backend(backend):
-            if count == 1:
-                out = attention(*leaves, scale=scale)[0]
-            else:
-                out = differential_attention(*leaves, 0.5, scale=scale)
+            out = attention(*leaves, **options)[0] if count == 1 else differential_attention(*leaves, 0.5, **options)
             out.sin().sum().backward()
         return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 

@@ -316,19 +316,22 @@ def _options(kernel: Any, dtype: torch.dtype, precision: str, width: int, measur
         exact = not half and precision == "ieee"
         # float32 products take registers for both factors
         side = SIDE if half else SIDE // 2
-        step = max(16, side // 2) if width == WIDEST or exact else side
+        short = width == WIDEST or exact or (half and width == 64 and kernel is not forward_kernel)
+        step = max(16, side // 2) if short else side
         if kernel is grad_kv_kernel:  # it holds four tiles
             step = max(16, side // (4 if width == WIDEST else 2))
-        if exact and width == WIDEST and kernel in (grad_selection_kernel, grad_kv_kernel):
+        if exact and width == WIDEST and kernel in (grad_selection_kernel, select_backward_kernel, grad_kv_kernel):
             side = max(16, side // 2)
         if kernel is select_kernel:
             few = True
         elif kernel is select_backward_kernel:
-            few = width == 32 or (width == 64 and not half) or precision == "tf32"
+            few = not half and not (exact and width == WIDEST)
         elif kernel is grad_kv_kernel:
             few = exact and width == 64
-        elif exact and kernel in (forward_kernel, grad_q_kernel):
-            few = width == WIDEST or (width == 32 and kernel is grad_q_kernel)
+        elif kernel is forward_kernel and exact:
+            few = width != 32
+        elif kernel is grad_q_kernel and not half:
+            few = width != 64
         else:
             few = width == 32
         warps, stages = 4 if few else 8, 1
