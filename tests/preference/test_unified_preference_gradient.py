@@ -128,12 +128,16 @@ def test_any_other_loss_by_automatic_differentiation() -> None:
     agree(logits, unified_preference_loss(logps, MASK, found, normaliser=1.0), native)
     assert (found[:3, 0] > 0).all()
     assert (found[3:, 0] < 0).all()
+    loss.backward()  # the caller's own
+    torch.testing.assert_close(found[:, 0], -answers.grad * LENGTHS)
 
 
 def test_dpo_lets_go_of_pairs_that_it_has_won() -> None:
     far = torch.tensor([900, 0, -900, -900, 0, 900], dtype=torch.float64)
     weights = dpo_coefficients(far, torch.zeros_like(far), MASK, beta=0.1)[:3, 0] / LENGTHS[:3]
     assert weights.tolist() == pytest.approx([0, 0.05, 0.1], abs=1e-12)
+    two = dpo_coefficients(far[[0, 1, 3, 4]], torch.zeros(4).double(), MASK[[0, 1, 3, 4]], beta=0.1)
+    torch.testing.assert_close(two[:2, 0] / LENGTHS[:2], weights[:2])
 
 
 def test_defaults_are_those_of_the_methods() -> None:

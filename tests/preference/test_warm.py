@@ -29,6 +29,8 @@ class TestAverage:
         torch.testing.assert_close(found["w"], a["w"])
         found["w"].zero_(), found["count"].zero_()
         assert a["w"].abs().min() > 0
+        assert torch.equal(average_weights([a])["w"], a["w"])
+        assert not average_weights([dict(nn.Linear(3, 2).named_parameters())] * 2)["weight"].requires_grad
         assert a["count"] == 10
 
     def test_half_precision_is_rounded_once(self) -> None:
