@@ -219,7 +219,10 @@ class TestLayer:
         assert layer.lora_B.shape == (8, 7, 16)
         assert (layer.scaling, layer.top_k, layer.drop, layer.clusters.momentum) == (2, 2, 0, 0.99)
         assert layer.clusters.centres.shape == (64, 70)
-        assert 0.9 < layer.lora_A.abs().max() * 70**0.5 < 1
+        assert not layer.lora_B.any()
+        for drawn in (layer.router, layer.lora_A):
+            assert 0.9 < drawn.max() * 70**0.5 < 1
+            assert -1 < drawn.min() * 70**0.5 < -0.9
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
