@@ -10,6 +10,7 @@ chunk adds to the state behind it; and from the real one, after a small kernel t
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlreviews_kernels.backends import is_hopper
 from mlreviews_kernels.selective_scan.reference import CHUNK, Inputs, border_rows
-from mlreviews_kernels.static import Launch
+from mlreviews_kernels.static import Launch, chips
 
 # of a program: steps whose inputs are loaded at once, of which each chunk has a whole number, channels and warps
 ROWS, COLUMNS, WARPS = 8, 32, 1
@@ -569,7 +571,8 @@ def _scan_backward(
     blocks = triton.cdiv(channels // groups, constants["COLUMNS"])
     flow_kernel[rows, groups * blocks](
         grad_y, delta, A, C, z, delta_bias, offsets, ends, spans,
-        sequences, channels, groups, states, blocks, **constants, num_warps=WARPS,
+        sequences, channels, groups, states, blocks, **constants,
+        num_warps=_flow_warps(u.dtype, z is not None, is_hopper(u.device)),
     )  # fmt: skip
     _carry(A, grad_final, ends, spans, offsets, flows, of_state, reverse=True)
     constants = constants_for(channels // groups, states, delta_softplus, grad=True)
@@ -623,6 +626,11 @@ def constants_for(channels: int, states: int, softplus: bool, *, grad: bool = Fa
     return {"SOFTPLUS": softplus, "CHUNK": CHUNK, "ROWS": rows, "COLUMNS": columns, "STATES": wide}
 
 
+def _flow_warps(dtype: torch.dtype, gated: bool, hopper: bool) -> int:
+    """Of `flow_kernel`; with one, ptxas stops at 128 registers on sm_80 in half precision without gates, and spills."""
+    return WARPS if hopper or gated or dtype.itemsize > 2 else 2
+
+
 def launches() -> list[Launch]:
     """Every configuration at the largest number of states, for the static analysis."""
     scalars = ("sequences", "channels", "groups", "states", "blocks", "tokens")
@@ -644,11 +652,24 @@ def launches() -> list[Launch]:
         for kernel, constants, warps in (
             (output_kernel, one, WARPS),
             (grad_kernel, grad, GRAD_WARPS),
-            (flow_kernel, one, WARPS),
         )
         for dtype in (torch.float32, torch.bfloat16)
         for gated in (True, False)
     ]
+    for dtype, gated, hopper in product((torch.float32, torch.bfloat16), (True, False), (False, True)):
+        found.append(
+            Launch(
+                flow_kernel,
+                one,
+                dtype,
+                states=fixed,
+                scalars=scalars,
+                absent=() if gated else ("z_in",),
+                warps=_flow_warps(dtype, gated, hopper),
+                chips=chips(hopper, measured=True),
+                label="gated" if gated else "",
+            )
+        )
     for kernel, constants, dtype in ((end_kernel, one, torch.bfloat16), (carry_kernel, carry, torch.float32)):
         found.append(Launch(kernel, constants, dtype, states=fixed, scalars=scalars, warps=WARPS))
     return found
