@@ -5,6 +5,8 @@
     python -m mlreviews.reproductions.pretraining target --out weights/python-target
     python -m mlreviews.reproductions.pretraining draft --teacher weights/python-target --out weights/python-draft
     python -m mlreviews.reproductions.pretraining distilled --start weights/python-draft \\
+        --teacher weights/python-target --out weights/distilled
+    python -m mlreviews.reproductions.pretraining lengthened --start weights/distilled \\
         --teacher weights/python-target --out weights/python-draft-distilled
     python -m mlreviews.reproductions.pretraining large --device cuda --out weights/python-large
 
@@ -20,7 +22,8 @@ teacher expects as well: the cross-entropy with the teacher's distribution repla
 The draft has a second stage, ``distilled``, after DistillSpec (arXiv:2310.08461): it goes on from the first one's
 weights, follows the teacher from the first step on, and its loss has the total variation distance to the teacher as
 well, which is the rate at which speculative decoding rejects what it drafts. Unlike in the paper, the text is the
-corpus and not the teacher's own.
+corpus and not the teacher's own. Its windows are of 512 bytes, after which the draft knows positions beyond these no
+more; a short third stage, ``lengthened``, with windows of 1,024, brings them back.
 """
 
 from __future__ import annotations
@@ -96,15 +99,24 @@ RECIPES = {
     "draft": Recipe(DRAFT, steps=800),
     "distilled": Recipe(
         DRAFT,
-        steps=400,
+        steps=2000,
         batch_bytes=4096,
         last_length=512,
+        last=1.0,
+        distance=1.0,
+        seed=1,
+    ),
+    # The draft saw windows of 512 bytes in that stage and has to be led back to 1,024.
+    "lengthened": Recipe(
+        DRAFT,
+        steps=280,
+        batch_bytes=4096,
         last=1.0,
         warm_up=20,
         muon_rate=0.01,
         adam_rate=0.0015,
         distance=1.0,
-        seed=1,
+        seed=2,
     ),
     # For a GPU: 87 million parameters, 2.6 billion bytes.
     "large": Recipe(
@@ -326,7 +338,7 @@ def _write(
 
 
 @torch.no_grad()
-def acceptance(model: TinyLM, teacher: TinyLM, split: TextSplit, length: int = 512, count: int = 128) -> dict[str, Any]:
+def acceptance(model: TinyLM, teacher: TinyLM, split: TextSplit, length: int = 1024, count: int = 64) -> dict[str, Any]:
     """How often a token that the model drafts is accepted by its teacher: mean sum min(p, q) at two temperatures.
 
     Args:
