@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -94,6 +95,20 @@ def test_equals_the_quadratic_form(backend: str) -> None:
         found = ssd(**{name: value.to(dtype) for name, value in values.items()}, chunk_size=4)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("chunks_at_a_time", [1, 2, 3])
+def test_spans_of_chunks_in_the_vectorised_form(chunks_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven tokens in chunks of 2, five whole ones and half a one: the quadratic form in values and gradients."""
+    monkeypatch.setattr("mlreviews_kernels.ssd.cpu.HELD", chunks_at_a_time * 2 * 4 * 2**2)
+    values = {name: value.requires_grad_() for name, value in drawn(2, 11, 4, 2, 3, 5).items()}
+    found, expected = [], []
+    for results, form in ((found, partial(ssd, chunk_size=2)), (expected, dense)):
+        y, final = form(**values)
+        loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + final.square().sum()
+        results += [y, final, *torch.autograd.grad(loss, list(values.values()))]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 @every_backend

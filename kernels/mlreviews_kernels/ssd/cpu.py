@@ -1,4 +1,4 @@
-"""The CPU path of `ssd`: chunk by chunk, all heads at once, in matrix products.
+"""The CPU path of `ssd`: several chunks and all heads at once in matrix products; the state alone goes chunk by chunk.
 
 Within a chunk that begins with the state S, with c the running sum of log_a, L_ij = exp(c_i - c_j) for i >= j,
 e_i = exp(c_i), f_j = exp(c_end - c_j) and M = L o (C B^T):
@@ -23,6 +23,7 @@ from mlreviews_kernels.ssd.reference import Inputs
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 LONGEST = 64  # chunk of the compiled form: longer ones leave the cache
+HELD = 2**18  # entries of L that the vectorised form holds at a time: one chunk of 64 heads, or 16 chunks of 4
 
 
 def ssd(given: Inputs, offsets: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -123,10 +124,37 @@ def _by_token(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _advance(x: Tensor, B: Tensor, state: Tensor, decays: _Decays) -> Tensor:
-    """S' from S ``[batch, groups, heads of a group, state, dim]``; x by group, B ``[batch, groups, time, state]``."""
-    whole = decays.whole.reshape(*state.shape[:3], 1, 1)
-    return torch.matmul(B.mT[:, :, None], x * _weights(decays.to_end, x)).addcmul_(whole, state)
+def _passed_on(state: Tensor, added: Tensor, whole: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """``S' = whole S + added`` from chunk to chunk: what each of them begins with, and what is left after the last.
+
+    Args:
+        state: ``[batch, groups, heads of a group, state, dim]``.
+        added: ``[batch * chunks, groups, heads of a group, state, dim]``.
+        whole: ``[batch * chunks, heads]``.
+        reverse: from the last chunk to the first.
+    """
+    steps = added.unflatten(0, (len(state), -1)).unbind(1)
+    factors = whole.reshape(*added.shape[:3], 1, 1).unflatten(0, (len(state), -1)).unbind(1)
+    begins = []
+    for step, factor in zip(*(x[::-1] if reverse else x for x in (steps, factors)), strict=True):
+        begins.append(state)
+        state = torch.addcmul(step, factor, state)
+    return torch.stack(begins[::-1] if reverse else begins, 1).flatten(0, 1), state
+
+
+def _spans(x: Tensor, chunk_size: int) -> list[tuple[int, int]]:
+    """Which chunks of ``[batch, time, heads, dim]`` are multiplied together: start and number; a shorter one alone."""
+    batch, time, heads, _ = x.shape
+    together = max(1, HELD // (batch * heads * chunk_size**2))
+    whole = time // chunk_size
+    spans = [(i * chunk_size, min(together, whole - i)) for i in range(0, whole, together)]
+    return spans + [(whole * chunk_size, 1)] * (time % chunk_size > 0)
+
+
+def _cut(tensors: tuple[Tensor, ...], start: int, count: int, chunk_size: int) -> list[Tensor]:
+    """The chunks of a span as a batch: ``[batch * chunks, time, ...]``."""
+    parts = (tensor[:, start : start + count * chunk_size] for tensor in tensors)
+    return [part.unflatten(1, (count, -1)).flatten(0, 1) for part in parts]
 
 
 def _weights(weights: Tensor, like: Tensor) -> Tensor:
@@ -138,15 +166,26 @@ def _forward(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial: Tensor, ch
     groups = B.shape[2]
     state = initial.unflatten(1, (groups, -1))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start in range(0, x.shape[1], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        decays, xs = _decays(log_a[:, chunk]), _by_group(x[:, chunk], groups)
-        Bs, Cs = B[:, chunk].transpose(1, 2), C[:, chunk].transpose(1, 2)
+    for start, count in _spans(x, chunk_size):
+        part, decay, Bs, Cs = _cut((x, log_a, B, C), start, count, chunk_size)
+        decays, xs, Bs, Cs = _decays(decay), _by_group(part, groups), Bs.transpose(1, 2), Cs.transpose(1, 2)
+        begins, state = _passed_on(state, _given(xs, Bs, decays), decays.whole)
         scores = torch.matmul(Cs, Bs.mT)[:, :, None] * decays.between.unflatten(1, (groups, -1))
         inside = torch.matmul(scores, xs)
-        y[:, chunk] = _by_token(inside.addcmul_(_weights(decays.since_start, xs), torch.matmul(Cs[:, :, None], state)))
-        state = _advance(xs, Bs, state, decays)
+        inside.addcmul_(_weights(decays.since_start, xs), torch.matmul(Cs[:, :, None], begins))
+        _put(y, _by_token(inside), start)
     return y, state.flatten(1, 2).clone()
+
+
+def _given(xs: Tensor, Bs: Tensor, decays: _Decays) -> Tensor:
+    """B^T (f o X): what a chunk adds to the state; x by group, B ``[batch, groups, time, state]``."""
+    return torch.matmul(Bs.mT[:, :, None], xs * _weights(decays.to_end, xs))
+
+
+def _put(tensor: Tensor, chunks: Tensor, start: int) -> None:
+    """Writes a span ``[batch * chunks, time, ...]`` to where it belongs."""
+    found = chunks.unflatten(0, (len(tensor), -1)).flatten(1, 2)
+    tensor[:, start : start + found.shape[1]] = found
 
 
 def _backward(
@@ -160,30 +199,40 @@ def _backward(
     *,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    """Chunk by chunk from the last one; states at the chunks' borders are computed again first."""
-    groups = B.shape[2]
-    starts = range(0, x.shape[1], chunk_size)
-    states = [initial.unflatten(1, (groups, -1))]
-    for start in starts[:-1]:
-        chunk = slice(start, start + chunk_size)
-        xs = _by_group(x[:, chunk], groups)
-        states.append(_advance(xs, B[:, chunk].transpose(1, 2), states[-1], _decays(log_a[:, chunk])))
+    """Span by span from the last one; states at the chunks' borders are computed again first."""
+    groups, spans = B.shape[2], _spans(x, chunk_size)
+    state, borders = initial.unflatten(1, (groups, -1)), []
+    for start, count in spans:
+        part, decay, Bs = _cut((x, log_a, B), start, count, chunk_size)
+        decays = _decays(decay)
+        added = _given(_by_group(part, groups), Bs.transpose(1, 2), decays)
+        begins, state = _passed_on(state, added, decays.whole)
+        borders.append(begins)
     grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, log_a, B, C))
     grad_state = grad_final.unflatten(1, (groups, -1))
-    for start, state in zip(reversed(starts), reversed(states), strict=False):
-        chunk = slice(start, start + chunk_size)
-        given = (tensor[:, chunk] for tensor in (grad_y, x, log_a, B, C))
-        found = _chunk_backward(*given, grad_state=grad_state, state=state)
+    for (start, count), begins in zip(reversed(spans), reversed(borders), strict=True):
+        given = _cut((grad_y, x, log_a, B, C), start, count, chunk_size)
+        found = _span_backward(*given, grad_state=grad_state, state=begins)
         for grad, part in zip(grads, found[:4], strict=True):
-            grad[:, chunk] = part
+            _put(grad, part, start)
         grad_state = found[4]
     return *grads, grad_state.flatten(1, 2).clone()
 
 
-def _chunk_backward(
+def _span_backward(
     grad_y: Tensor, x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, *, grad_state: Tensor, state: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, log_a, B, C and S from those of Y and S'."""
+    """Gradients of x, log_a, B, C of each chunk, and of S of the first one, from those of Y and of the last one's S'.
+
+    Args:
+        grad_y: ``[batch * chunks, time, ...]``, like the four after it.
+        x: likewise.
+        log_a: likewise.
+        B: likewise.
+        C: likewise.
+        grad_state: ``[batch, groups, heads of a group, state, dim]``.
+        state: ``[batch * chunks, ...]``, S of each chunk.
+    """
     groups = B.shape[2]
     decays = _decays(log_a)
     dy, xs = _by_group(grad_y, groups), _by_group(x, groups)
@@ -192,21 +241,22 @@ def _chunk_backward(
     e, f = _weights(decays.since_start, xs), _weights(decays.to_end, xs)
     shared = torch.matmul(Cs, Bs.mT)[:, :, None]
 
+    own = torch.matmul(Cs.mT[:, :, None], dy * e)
+    grad_state, first = _passed_on(grad_state, own, decays.whole, reverse=True)
+
     dM = torch.matmul(dy, xs.mT).mul_(L)  # the gradient of C B^T, head by head
     dG = dM.sum(2)
     dx = torch.matmul((shared * L).mT, dy).addcmul_(f, torch.matmul(Bs[:, :, None], grad_state))
     from_state = torch.matmul(dy, state.mT).mul_(e)
     dC = torch.matmul(dG, Bs).add_(from_state.sum(2))
     dB = torch.matmul(dG.mT, Cs).add_(torch.matmul(xs * f, grad_state.mT).sum(2))
-    whole = decays.whole.reshape(*state.shape[:3], 1, 1)
-    dstate = torch.matmul(Cs.mT[:, :, None], dy * e).addcmul_(whole, grad_state)
 
     # c_i multiplies all of y_i, and divides all that comes of x_i; c_end multiplies S'
     rows = (dM * shared).sum(-1) + (from_state * Cs[:, :, None]).sum(-1)
     dc = rows - (xs * dx).sum(-1)
     # <S', dS'> without S': what x gives to it, and what is left of S
     given = (f * xs * torch.matmul(Bs[:, :, None], grad_state)).sum((-2, -1))
-    dc[..., -1] += given + (state * grad_state).sum((-2, -1)) * whole[..., 0, 0]
+    dc[..., -1] += given + (state * grad_state).sum((-2, -1)) * decays.whole.unflatten(1, (groups, -1))
     dlog_a = dc.flip(-1).cumsum(-1).flip(-1).permute(0, 3, 1, 2).flatten(2, 3)
     dlog_a = dlog_a.masked_fill(torch.isneginf(log_a), 0.0)
-    return _by_token(dx), dlog_a, dB.transpose(1, 2), dC.transpose(1, 2), dstate
+    return _by_token(dx), dlog_a, dB.transpose(1, 2), dC.transpose(1, 2), first
