@@ -248,7 +248,6 @@ def test_the_last_token_is_not_run() -> None:
     assert seen == [3, 1, 1, 1]
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_column_major_changes_strides_alone(tmp_path: Path) -> None:
     model, same = _tiny(), _tiny()
     assert column_major(model) is model
@@ -265,6 +264,7 @@ def test_column_major_changes_strides_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(TinyLM.load(tmp_path).state_dict(), _tiny().float().state_dict(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_errors() -> None:
     model, ids = _tiny(context=8), torch.tensor([[1, 2, 3]])
     call: Callable[..., GenerationResult] = generate

@@ -143,5 +143,5 @@ def test_a_second_stage_goes_on_and_brings_the_draft_nearer(tmp_path, corpus) ->
     record = json.loads((tmp_path / "second" / "training.json").read_text())
     assert record["first_stage"] == json.loads((tmp_path / "first" / "training.json").read_text())
     assert record["acceptance"]["temperature_1"] > record["acceptance_before"]["temperature_1"] + 0.02
-    found = acceptance(TinyLM.load(tmp_path / "second"), teacher, corpus.validation)
+    found = acceptance(TinyLM.load(tmp_path / "second"), teacher, corpus.validation, recipe.last_length)
     assert found == record["acceptance"]

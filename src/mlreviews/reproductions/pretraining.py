@@ -314,31 +314,30 @@ def _write(
     model.float()
     corpus = python_source()
     validation = corpus.validation
+    length = recipe.config.context or recipe.last_length
     record = {
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_of_text": recipe.steps * recipe.batch_bytes,
         "corpus": corpus.description,
-        "validation_bits_per_byte": round(
-            bits_per_byte(model, validation, recipe.config.context or recipe.last_length, len(validation.data)), 4
-        ),
+        "validation_bits_per_byte": round(bits_per_byte(model, validation, length, len(validation.data)), 4),
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "loss_curve": {"unit": "bits per byte of each step's windows, mean of 10 steps", "values": _tens(curve)},
     }
     if teacher is not None:
-        record["acceptance"] = acceptance(model, teacher, validation)
+        record["acceptance"] = acceptance(model, teacher, validation, length)
     if start is not None:
         record["first_stage"] = json.loads((start / "training.json").read_text(encoding="utf-8"))
         if teacher is not None:
             before = TinyLM.load(start).to(model.embed_tokens.weight.device)
-            record["acceptance_before"] = acceptance(before, teacher, validation)
+            record["acceptance_before"] = acceptance(before, teacher, validation, length)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
-def acceptance(model: TinyLM, teacher: TinyLM, split: TextSplit, length: int = 1024, count: int = 64) -> dict[str, Any]:
+def acceptance(model: TinyLM, teacher: TinyLM, split: TextSplit, length: int, count: int = 64) -> dict[str, Any]:
     """How often a token that the model drafts is accepted by its teacher: mean sum min(p, q) at two temperatures.
 
     Args:
