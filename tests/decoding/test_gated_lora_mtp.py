@@ -192,6 +192,7 @@ def test_the_anchor_gets_no_gradient() -> None:
     assert anchor.grad is None
     torch.testing.assert_close(z.grad, (z - anchor).detach() / 2)
     assert float(latent_consistency_loss(z, z.detach()).sum().detach()) == 0
+    assert latent_consistency_loss(torch.zeros(2, 3, 4), torch.ones(2, 3, 4)).tolist() == [[1.0] * 3] * 2
 
 
 @pytest.mark.parametrize("mode", ["quadratic", "linear"])

@@ -157,6 +157,13 @@ def test_the_threshold_of_certain_and_of_uniform_distributions() -> None:
     assert float(typical_threshold(half, 1.0, 1.0)) == pytest.approx(2**-1.5)
 
 
+def test_defaults_of_typical_acceptance() -> None:
+    """Of 20 tokens that are equally likely each has 0.05, above 0.3 of it and below 0.09."""
+    uniform = torch.full((2, 20), 0.05)
+    assert verify_typical(uniform, [3, 5], [-1, 0])[0] == [0, 1]
+    assert verify_typical(uniform, [3, 5], [-1, 0], delta=1.1)[0] == [0]
+
+
 def test_the_longest_typical_branch_stays_and_of_these_the_likeliest() -> None:
     tokens, parents = [9, 0, 1, 0, 1, 2, 0], [-1, 0, 0, 1, 2, 2, 3]
     p = torch.full((7, 3), 1e-3, dtype=torch.float64)
