@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mlreviews.decoding.lookahead_decoding import NGramPool, lookahead_decode, lookahead_tree
+from mlreviews.decoding.lookahead_decoding import NGramPool, _Lookahead, lookahead_decode, lookahead_tree
 from mlreviews.models import Sampler, TinyLM, TinyLMConfig, from_transformers, generate
 from mlreviews_kernels.tree_masked_attention import ancestor_mask
 from tests.contracts.families import Sample
@@ -194,6 +194,19 @@ def test_the_window_s_levels_are_jacobi_s_iterations() -> None:
             line = torch.cat([texts[0, : length + 1], window[0, : j + 1], window[1:, j]])
             assert int(moved[2, j]) == int(TinyLM.forward(model, line[None]).logits[0, -1].argmax())
         length += int(found.accepted[i, 0]) + 1
+
+
+def test_the_window_s_nodes_in_a_batch_with_unequal_guesses() -> None:
+    """Columns go on from the level before, level 0 from the root, whatever number of guesses a row has."""
+    drafter = _Lookahead(2, 4, 5, True, Sampler(), torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 2, 3, 4, 1], [5, 6, 7, 8, 9]])  # in the first row alone something followed the last token
+    drafted = drafter(torch.empty(2, 5, 3), ids, None, torch.empty(0), 4)
+    window = drafter.window
+    assert window.shape == (2, 3, 2)  # levels, columns
+    assert drafted.tokens[:, -6:].equal(window.flatten(1))
+    assert drafted.tokens[0, :4].tolist() == [1, 2, 3, 4]
+    assert drafted.tree.parents[0].tolist() == [-1, 0, 1, 2, 0, 4, 4, 5, 6, 7]
+    assert drafted.tree.parents[1].tolist() == [-1, 0, 0, 0, 0, 4, 4, 5, 6, 7]
 
 
 def test_n_grams_come_from_the_window_once_its_levels_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
