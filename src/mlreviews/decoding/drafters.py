@@ -97,6 +97,11 @@ def as_drafter(
     return ModelDrafter(draft, stop_drafting)
 
 
+def texts(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The tokens of each row [batch, time], without its padding."""
+    return [(row if mask is None else row[mask[i]]).tolist() for i, row in enumerate(ids)]
+
+
 class Reader:
     """A model with a cache of rows that have read different numbers of tokens."""
 
@@ -184,8 +189,7 @@ class _ModelSession:
     ) -> None:
         self.stop, self.sampler, self.generator = drafter.stop, sampler, generator
         self.reader, self.device = Reader(drafter.model, input_ids), input_ids.device
-        rows = [ids if mask is None else ids[mask[row]] for row, ids in enumerate(input_ids)]
-        self.unread: list[list[int]] = [ids.tolist() for ids in rows]
+        self.unread = texts(input_ids, mask)
         self.previous = Previous(input_ids, mask) if sampler.repetition_penalty != 1.0 else None
         self.mark: int | None = None  # length of the cache before the draft, while there is one
 
@@ -264,8 +268,7 @@ class PromptLookup:
         self, input_ids: Tensor, mask: Tensor | None, sampler: Sampler, generator: torch.Generator | None
     ) -> DraftSession:
         """Reads the prompts [batch, time]; nothing is drawn."""
-        rows = [ids if mask is None else ids[mask[row]] for row, ids in enumerate(input_ids)]
-        return _LookupSession(self, [ids.tolist() for ids in rows], input_ids.device)
+        return _LookupSession(self, texts(input_ids, mask), input_ids.device)
 
 
 class _LookupSession:

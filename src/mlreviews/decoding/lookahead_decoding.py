@@ -49,6 +49,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mlreviews.common.checks import check_count
+from mlreviews.decoding.drafters import texts
 from mlreviews.decoding.trees import Drafted, Found, TokenTree, decode_trees, exact_verdicts
 from mlreviews.models import CausalLM, GenerationResult, Sampler
 
@@ -179,8 +180,7 @@ class _Lookahead:
         )
         self.window = following.gather(1, place).unflatten(1, (self.ngram - 1, self.width))
         if self.prompt_ngrams and self.guesses:
-            for row, pool in enumerate(self.pools):
-                text = (following[row] if mask is None else following[row][mask[row]]).tolist()
+            for text, pool in zip(texts(following, mask), self.pools, strict=True):
                 for start in range(len(text) - self.ngram + 1):
                     pool.add(text[start : start + self.ngram])
 

@@ -215,8 +215,7 @@ def speculative_generate(
         left = [stops.left(row) for row in range(batch)]
         found = session.propose(min(draft_length, max(left) - 1)) if max(left) > 1 else Draft(pending[:, :0])
         length = found.tokens.shape[1]
-        most = [length] * batch if found.offered is None else found.offered.tolist()
-        offered = [min(n, max(room - 1, 0)) for n, room in zip(most, left, strict=True)]
+        offered = [min(n, max(room - 1, 0)) for n, room in zip(found.counts.tolist(), left, strict=True)]
         mark = reader.length + pending.shape[1]
         logits = reader.read(torch.cat([pending, found.tokens], 1), mask)[:, -length - 1 :]
         calls += 1
